@@ -1,0 +1,66 @@
+"""What several tests share: random checkpoints, made once, and the command line as a user runs it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import make_checkpoint  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import sd  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def small(tmp_path_factory) -> Path:
+    """A small random checkpoint, CompVis layout, .safetensors, fp32."""
+    path = tmp_path_factory.mktemp("small") / "small.safetensors"
+    make_checkpoint.write(path, small=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_folder(small) -> Path:
+    """The same weights as a diffusers folder, written by diffusers."""
+    path = small.parent / "diffusers"
+    make_checkpoint.reference_pipeline(small, path, small=True).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_model(small) -> sd.StableDiffusion:
+    return sd.StableDiffusion.load(small)
+
+
+@pytest.fixture(scope="session")
+def full(tmp_path_factory):
+    """A full-size random checkpoint, 4.27 GB, CompVis layout, .safetensors, fp32; gone after the last test."""
+    path = tmp_path_factory.mktemp("full") / "full.safetensors"
+    make_checkpoint.write(path)
+    yield path
+    path.unlink()
+
+
+@pytest.fixture
+def run_sd(tmp_path):
+    """Runs `python sd.py ...` in an empty folder; a prompt is given unless there is one among the arguments."""
+
+    def run(*arguments, **options) -> subprocess.CompletedProcess:
+        arguments = [str(argument) for argument in arguments]
+        if "--prompt" not in arguments:
+            arguments += ["--prompt", "a red apple"]
+        command = [sys.executable, str(ROOT / "sd.py"), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+
+    return run
+
+
+def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference over the output's largest magnitude."""
+    assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
