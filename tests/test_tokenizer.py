@@ -1,0 +1,285 @@
+"""Section 2: the tokenizer, against the `tokenizers` library as transformers' CLIPTokenizer sets it up."""
+
+import hashlib
+import random
+import sys
+import unicodedata
+from functools import cache
+
+import pytest
+import regex
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, normalizers
+from transformers import CLIPTokenizer
+
+import sd
+
+MERGES = (ROOT / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8").splitlines()
+LONG = 300  # so long that little of a random text is cut
+
+
+def is_known(character: str) -> bool:
+    """Whether both the library and we know what `character` is.
+
+    The library, Python and `regex` each have the data of another version of Unicode. A character that is not
+    yet assigned is neither letter nor digit, has no lower case and does not combine, so they differ on recent
+    ones, and on marks from Unicode 10 on: the library's NFC has older data still and does not sort these.
+    Lone surrogates are no characters; the library does not take them. All these are left out.
+    """
+    if unicodedata.category(character) in ("Cn", "Cs") or UNASSIGNED.normalize_str(character) == "":
+        return False
+    marks = f"{character}\u0334\u0345{character}"  # of the lowest and of the highest class
+    return NFC.normalize_str(marks) == unicodedata.normalize("NFC", marks)
+
+
+NFC, UNASSIGNED = normalizers.NFC(), normalizers.Replace(Regex(r"\p{Cn}"), "")  # the library's
+KNOWN = dict.fromkeys(filter(is_known, map(chr, range(sys.maxunicode + 1))))
+
+
+def known(text: str) -> str:
+    """`text` without the characters that are not known to both."""
+    return "".join(character for character in text if character in KNOWN)
+
+
+@cache
+def tokenizer(length: int = 77, vocab_size: int = 49408) -> sd.Tokenizer:
+    return sd.Tokenizer(vocab_size, length)
+
+
+@cache
+def library(vocab_size: int = 49408) -> CLIPTokenizer:
+    merges = [tuple(line.split()) for line in MERGES[: vocab_size - 514]]
+    return CLIPTokenizer(vocab=tokenizer(vocab_size=vocab_size).ids, merges=merges)
+
+
+def differing(texts: list[str], length: int = LONG, vocab_size: int = 49408) -> list[str]:
+    """Those of `texts` that we and the library give different ids."""
+    ours = tokenizer(length, vocab_size)
+    theirs = library(vocab_size)(texts, truncation=True, max_length=length, padding="max_length").input_ids
+    return [text for text, ids in zip(texts, theirs, strict=True) if ours(text) != ids]
+
+
+# ----------------------------------------------------------------------------------------------- random texts
+
+
+def span(ranges: str) -> list[str]:
+    """The characters of the ranges, ends included, that are known."""
+    ends = [[int(end, 16) for end in pair.split("-")] for pair in ranges.split()]
+    return list(known("".join(chr(code) for first, last in ends for code in range(first, last + 1))))
+
+
+POOLS = {
+    "ascii": span("20-7E"),
+    "words": [line.replace(" ", "").replace("</w>", " ") for line in MERGES[:5000]],
+    "latin": span("A0-24F 1E00-1EFF"),
+    "greek and cyrillic": span("370-52F 1F00-1FFF"),
+    "combining marks": list("aeinouAEINOU") + span("300-36F 1AB0-1ACE 20D0-20F0 FE20-FE2F"),
+    "cjk": span("1100-11FF 3001-30FF 4E00-4FFF AC00-AD00 F900-FA00 FF01-FFDC"),
+    "right to left": span("590-6FF 200E-200F 202A-202E 2066-2069 FB1D-FDFF"),
+    "indic and thai": span("900-E7F F00-FFF"),
+    "emoji": span("1F1E6-1F1FF 1F300-1FAFF 2600-27BF E0061-E007F")
+    + 200 * ["\u200d", "\ufe0e", "\ufe0f", "\u20e3", "\U0001f3fb", "\U0001f3ff"],
+    "controls": span("0-1F 7F-9F 2000-200D 2028-202F 2060-206F FFF9-FFFD"),
+    "white space": list("a.1\x85\xa0\u1680\u180e\u202f\u3000\ufeff")
+    + span("9-D 1C-20 2000-200D 2028-2029 205F-2060"),
+    "contractions": "it's It'S I'm we'RE they've he'll she'D don't 's 'S ''s 'ſ ’s 've'd ' ''".split(),
+    "digits": [character for character in KNOWN if unicodedata.category(character).startswith("N")],
+    "special tokens": "<|startoftext|> <|endoftext|> <|STARTOFTEXT|> <|EndOfText|> <| |> > ! \u0338".split(),
+    "everything": list(KNOWN),
+}
+
+
+def random_texts(count: int, seed: int) -> list[str]:
+    """Some of one pool, some of several, some with long runs of one character."""
+    rng = random.Random(seed)
+    texts = []
+    for _ in range(count):
+        pools = rng.sample(list(POOLS.values()), rng.choice([1, 1, 2, 3]))
+        pieces = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(40))]
+        if pieces and rng.random() < 0.1:
+            pieces[rng.randrange(len(pieces))] *= rng.randrange(200)
+        texts.append(known(rng.choice(["", "", " "]).join(pieces)))
+    return texts
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_texts(seed):
+    assert differing(random_texts(5000, seed)) == []
+
+
+def test_every_character():
+    """Each alone and inside a word; the private ones, all alike, are represented by the random texts."""
+    characters = [c for c in KNOWN if unicodedata.category(c) != "Co"]
+    assert len(characters) > 140_000
+    groups = [characters[i : i + 20] for i in range(0, len(characters), 20)]
+    assert differing([" ".join(f"a{c}b {c}" for c in group) for group in groups]) == []
+
+
+# ------------------------------------------------------------------------------------------------- hard cases
+
+
+HARD_CASES = {
+    "empty": "",
+    "white space only": " \t\r\n\u3000",
+    "all kinds of white space": "a\tb\nc\vd\fe\rf\x85g\xa0h\u1680i\u2003j\u2028k\u2029l\u202fm\u205fn\u3000o",
+    "looks like white space, is none": "x\x1cy\x1fz a\u200bb\u2060c\ufeffd\u180ee",
+    "nul and other controls": "a\0b\x01\x7f\x9f",
+    "composed by NFC": "e\u0301 A\u030a \u1112\u1161\u11ab o\u0323\u0302",
+    "decomposed by NFC": "\u0958 \ufb1d \U0001d15e \u2adc",
+    "singletons of NFC": "\u212b \u2126 \u212a \uf900 \u0340",
+    "compatibility characters stay": "ﬁ ﬀ ½ ² ⅷ Ａ ㌀",
+    "marks in any order": "a\u0327\u0301\u0323 a\u0323\u0327\u0301 \u0345\u0301",
+    "a mark first": "\u0301a \u20e3",
+    "final sigma": "ΟΔΥΣΣΕΥΣ Σ ΑΣ.",
+    "dotted and dotless i": "İSTANBUL ISPARTA ı",
+    "sharp s and title case": "STRASSE ẞ ß ǅ Ǆ",
+    "case beyond the first plane": "𐐀𐐁 𞤀 𝐀",
+    "contractions": "It's I'M they're WE'VE he'll she'd can't y'all'd've",
+    "not quite contractions": "it’s 'em ''s 'S' s' 'sx 'rex' 'llama",
+    "digits one by one": "2024 3.14 ١٢٣ ੧੨ Ⅷ ½ ²³ 〇 𝟘",
+    "punctuation in one piece": "!!! ... ?!?! -- #$%& (((a))) [[b]]",
+    "underscores and hyphens": "snake_case kebab-case __init__ a_1",
+    "html is not unescaped": "&amp; &lt;b&gt; <br/> &#39;",
+    "end of word mark in the text": "</w> a</w> </w></w>",
+    "emoji joined": "👩‍👩‍👧‍👦 👩🏽‍🚀 🏳️‍🌈 ❤️ ☺︎",
+    "flags and keycaps": "🇩🇪🇫🇷🇺 1️⃣ #️⃣ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
+    "chinese, japanese, korean": "一只猫 猫が座っている 고양이 한 마리",
+    "arabic, hebrew, persian": "قِطَّة تفاحة חָתוּל سیب‌ها \u202eabc\u202c",
+    "hindi, thai, tamil": "सेब แอปเปิ้ล ஆப்பிள் क्\u200dष",
+    "zalgo": "Z\u0311\u0343a\u0334\u031b\u0318l\u0335\u0301\u0347g\u0338\u0360o\u0337\u0354",
+    "noncharacter neighbours": "\ufffd\ufffc\ue000\U000f0000",
+    "special tokens": "<|startoftext|> a <|endoftext|> b",
+    "special tokens without spaces": "a<|endoftext|><|startoftext|>b!<|endoftext|>!",
+    "special tokens in the wrong case": "<|STARTOFTEXT|> a <|EndOfText|><|endoftexT|>",
+    "wrong case after punctuation": "!!<|ENDOFTEXT|>",
+    "wrong case before punctuation": "<|ENDOFTEXT|>!!",
+    "wrong case between punctuation": "?<|STARTOFTEXT|>? '<|ENDOFTEXT|>s",
+    "wrong case, and a mark that changes its end": "<|ENDOFTEXT|>\u0338",
+    "right case, and a mark after it": "<|endoftext|>\u0338 e<|endoftext|>\u0301",
+    "almost special tokens": "<| endoftext|> <|endoftext| > <|endoftext <|ſtartoftext|> <<|endoftext|>>",
+    "long run of a letter": "a" * 1000,
+    "long run of punctuation": "!" * 1000,
+    "long run of emoji": "😀" * 300,
+    "long run of marks": "e" + "\u0301" * 500,
+    "long word": "pneumonoultramicroscopicsilicovolcanoconiosis" * 20,
+    "long text": "a photo of a cat, " * 100,
+}
+
+
+@pytest.mark.parametrize("text", HARD_CASES.values(), ids=HARD_CASES)
+@pytest.mark.parametrize("length", [77, LONG])
+def test_hard_case(text, length):
+    assert differing([text], length) == []
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True)
+@given(st.lists(st.text() | st.sampled_from(list(HARD_CASES.values()))).map("".join).map(known))
+def test_any_text(text):
+    assert differing([text]) == []
+
+
+def test_lone_surrogates():
+    """No text (the library refuses them), but a command line can hold them; they count as question marks."""
+    assert tokenizer()("a \udc80cat\ud83d") == tokenizer()("a ?cat?")
+    assert tokenizer().dropped("cat " * 75 + "\udfff") == ["\udfff"]
+
+
+def test_recent_marks():
+    """What the library's old data does not sort, we do: both ways to write a text get the same ids."""
+    marks = [chr(code) for code in range(sys.maxunicode + 1) if unicodedata.combining(chr(code))]
+    assert len(marks) > 800
+    for text in ["x\u0345" + "\u0334".join(marks[i : i + 10]) for i in range(0, len(marks), 10)]:
+        assert tokenizer(LONG)(text) == tokenizer(LONG)(unicodedata.normalize("NFD", text))
+
+
+# --------------------------------------------------------------------------------------------- the vocabulary
+
+
+def test_merges_are_clips():
+    """The digest is of lines 2 to 48,895 of OpenAI's bpe_simple_vocab_16e6.txt, joined by newlines."""
+    digest = hashlib.sha256("\n".join(MERGES).encode()).hexdigest()
+    assert len(MERGES) == 48_894
+    assert digest == "f61f2adf497e6f5357c347aeb4646fabe82f341e946de5bdec5d2858e41bef4a"
+
+
+def test_ids():
+    ids = tokenizer().ids
+    assert list(ids.values()) == list(range(49_408))
+    assert ids["<|startoftext|>"] == 49_406 and ids["<|endoftext|>"] == 49_407
+
+
+@pytest.mark.parametrize(
+    "text, ids",
+    [
+        ("", []),
+        ("a photo of a cat", [320, 1125, 539, 320, 2368]),
+        ("A  Photo\nOF a\tCAT ", [320, 1125, 539, 320, 2368]),
+        ("an astronaut riding a horse on mars", [550, 18376, 6765, 320, 4558, 525, 7496]),
+        ("hello world!", [3306, 1002, 256]),
+        ("<|endoftext|> <|startoftext|>", [49407, 49406]),
+    ],
+)
+def test_known_ids(text, ids):
+    """As published with CLIP: a start, the tokens, an end, and ends up to 77."""
+    assert tokenizer()(text) == [49406, *ids] + [49407] * (76 - len(ids))
+
+
+@pytest.mark.parametrize("vocab_size", [514, 515, 1000, 10_000])
+def test_small_vocabulary(vocab_size):
+    """The first merges only: bytes and early tokens keep their ids, start and end are the last two."""
+    ids, all_tokens = tokenizer(vocab_size=vocab_size).ids, list(tokenizer().ids)
+    assert list(ids) == all_tokens[: vocab_size - 2] + ["<|startoftext|>", "<|endoftext|>"]
+    assert list(ids.values()) == list(range(vocab_size))
+    assert differing(random_texts(500, seed=4), vocab_size=vocab_size) == []
+
+
+@pytest.mark.parametrize("vocab_size", [514, 1000, 49_408])
+def test_tokens_spell_the_text(vocab_size):
+    """Whatever the vocabulary, the ids hold the whole text, but for case and white space."""
+    byte_of = {symbol: byte for byte, symbol in sd.BYTE_SYMBOLS.items()}
+    assert sorted(byte_of.values()) == list(range(256))
+    ours = tokenizer(2000, vocab_size)
+    token_of = list(ours.ids)
+    for text in random_texts(500, seed=5):
+        if "<|" in text:
+            continue  # special tokens are no bytes
+        tokens = [token_of[id].removesuffix("</w>") for id in ours(text) if id < vocab_size - 2]
+        spelled = bytes(byte_of[symbol] for symbol in "".join(tokens)).decode()
+        lowered = "".join(character.lower() for character in unicodedata.normalize("NFC", text))
+        assert spelled == regex.sub(r"\s", "", lowered)
+
+
+# ----------------------------------------------------------------------------------------------- long prompts
+
+
+@pytest.mark.parametrize(
+    "text, dropped",
+    [
+        ("", []),
+        ("cat " * 75, []),
+        ("cat " * 76, ["cat"]),
+        ("cat " * 75 + "A Red Apple!", ["a", "red", "apple", "!"]),
+        ("cat " * 72 + "yqzx apple", ["apple"]),  # yqzx is three tokens
+        ("cat " * 73 + "yqzx apple", ["yqzx", "apple"]),  # of which two fit
+        ("cat " * 74 + "it's", ["'s"]),
+        ("cat " * 74 + "<|endoftext|> <|startoftext|>", ["<|startoftext|>"]),
+    ],
+)
+def test_dropped_words(text, dropped):
+    assert tokenizer().dropped(text) == dropped
+    assert tokenizer()(text) == tokenizer(LONG)(text)[:76] + [49407]
+
+
+def test_dropped_just_when_too_long():
+    texts = random_texts(2000, seed=6)
+    tokens = [len(ids) - 2 for ids in library()(texts).input_ids]
+    assert min(tokens) == 0 and max(tokens) > 75
+    assert [bool(tokenizer().dropped(text)) for text in texts] == [count > 75 for count in tokens]
+
+
+def test_length():
+    """A shorter text encoder cuts sooner."""
+    assert sd.Tokenizer(length=5)("a photo of a cat") == [49406, 320, 1125, 539, 49407]
+    assert sd.Tokenizer(length=5).dropped("a photo of a cat") == ["a", "cat"]
