@@ -64,3 +64,19 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference over the output's largest magnitude."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+MEASURED: dict[str, float] = {}
+
+
+def measured(figure: str, value: float) -> float:
+    """`value`, the largest of which, for each figure, is printed when the tests are through."""
+    MEASURED[figure] = max(value, MEASURED.get(figure, value))
+    return value
+
+
+def pytest_terminal_summary(terminalreporter):
+    if MEASURED:
+        terminalreporter.section("measured (the largest of each)")
+    for figure, value in MEASURED.items():
+        terminalreporter.write_line(f"{figure:<64} {value:.2g}")

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import make_checkpoint
 import pytest
 import torch
-from conftest import relative_error
+from conftest import measured, relative_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -346,7 +346,7 @@ def test_parity(pair, dtype, task, batch, size, tokens):
     model, pipeline = pair
     inputs = random_inputs(task, model.config, batch, size, tokens, dtype)
     for our, their in zip(ours(model, task, *inputs), theirs(pipeline, task, *inputs), strict=True):
-        assert relative_error(our, their) <= LIMITS[dtype]
+        assert measured(f"small, {dtype}, {task}: relative error", relative_error(our, their)) <= LIMITS[dtype]
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +368,7 @@ def test_parity_at_full_size(full_pair, dtype, task):
     model, inputs, outputs = full_pair
     assert model.config == sd.Config()
     for our, their in zip(ours(model, task, *inputs[task]), outputs[task], strict=True):
-        assert relative_error(our, their) <= LIMITS[dtype]
+        assert measured(f"full size, {dtype}, {task}: relative error", relative_error(our, their)) <= LIMITS[dtype]
 
 
 @every_task
