@@ -26,7 +26,6 @@ import re
 import statistics
 import struct
 import sys
-import tempfile
 import unicodedata
 import warnings
 import zipfile
@@ -548,11 +547,11 @@ class DPMPlusPlus(Sampler):
     def step(self, i: int, latent: Tensor, noise_pred: Tensor, draw: Callable[[], Tensor]) -> Tensor:
         now, after = self.levels[i], self.levels[i + 1]
         h = self.log_snr(i + 1) - self.log_snr(i)
-        clean = slope = self.predict_clean(i, latent, noise_pred)
+        clean = ahead = self.predict_clean(i, latent, noise_pred)
         if 0 < i < len(self.timesteps) - 1:
-            slope = clean + h / (self.log_snr(i) - self.log_snr(i - 1)) / 2 * (clean - self.last_clean)
+            ahead = clean + h / (self.log_snr(i) - self.log_snr(i - 1)) / 2 * (clean - self.last_clean)
         self.last_clean = clean
-        return ((1 - after) / (1 - now)) ** 0.5 * latent - after**0.5 * math.expm1(-h) * slope
+        return ((1 - after) / (1 - now)) ** 0.5 * latent - after**0.5 * math.expm1(-h) * ahead
 
     def log_snr(self, i: int) -> float:
         """The log of the signal-to-noise ratio at level i, halved; infinite where there is no noise."""
@@ -628,7 +627,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 @contextmanager
 def written_whole(path: Path) -> Iterator:
     """A binary file to write, which is at `path` once it is complete and on disk, or never."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")  # names have a greatest length
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -733,7 +732,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, str]]:
         content = content.get("state_dict", content)
         return {name: value for name, value in content.items() if isinstance(name, str)}, {}
     except Exception as error:  # a damaged pickle can fail in every way there is
-        raise ValueError(f"no checkpoint or a damaged one: {first_line(error)}; download it again") from error
+        raise ValueError(f"no checkpoint or a damaged one: {one_line(error)}; download it again") from error
 
 
 def read_folder(path: Path) -> tuple[dict, dict]:
@@ -885,9 +884,9 @@ def read_model(path: Path) -> tuple[Config, dict]:
     return replace(infer_config(shapes), **fields), tensors
 
 
-def first_line(error: Exception) -> str:
-    """What went wrong, in one line."""
-    return (str(error) or type(error).__name__).splitlines()[0]
+def one_line(message: Warning | Exception | str) -> str:
+    """A message without line breaks; an exception that says nothing is named."""
+    return " ".join(str(message).split()) or type(message).__name__
 
 
 def first_few(items: list[str]) -> str:
@@ -960,7 +959,7 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{source}: no such picture") from error
     except Exception as error:  # a damaged picture, like a damaged pickle, can fail in every way
-        raise ValueError(f"{source}: not a picture that can be used: {first_line(error)}") from error
+        raise ValueError(f"{source}: not a picture that can be used: {one_line(error)}") from error
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -999,7 +998,7 @@ class StableDiffusion(nn.Module):
                 model = cls(config)
             model.load_state_dict(fit(tensors, model, "cpu" if offload else device, dtype), assign=True)
         except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # or its sizes make no model
-            raise ValueError(f"{path}: {first_line(error)}") from error
+            raise ValueError(f"{path}: {one_line(error)}") from error
         if tensors:
             warnings.warn(f"{path}: {len(tensors)} tensors not used: {first_few([*tensors])}", stacklevel=2)
         model.offload_device = torch.device(device) if offload else None
@@ -1033,7 +1032,7 @@ class StableDiffusion(nn.Module):
         for text in dict.fromkeys(texts):
             if words := self.tokenizer.dropped(text):
                 room = self.config.text_length - 2
-                warnings.warn(f"a prompt has over {room} tokens; dropped: {' '.join(words)}", stacklevel=3)
+                warnings.warn(f"a prompt has over {room} tokens; dropped: {' '.join(words)}", stacklevel=4)
         ids = torch.tensor([self.tokenizer(text) for text in texts], device=self.device)  # (B, T)
         with self.working(self.text_encoder):
             return self.text_encoder(ids)
@@ -1073,6 +1072,7 @@ class StableDiffusion(nn.Module):
     def check(self, *, steps, guidance, sampler, seed, n, width, height, image, strength, mask):
         """The width and height that `generate` draws with such arguments; ValueError where it would not."""
         unit, timesteps = self.config.downscale, self.config.timesteps
+        possible = range(unit, 2**14 + 1, unit)  # in pixels; far beyond, numbers overflow before memory does
         sizes = [size // unit * unit for size in image.size] if image else 2 * [self.config.image_size]
         width, height = (size if given is None else given for given, size in zip((width, height), sizes))
         rules = [
@@ -1081,8 +1081,8 @@ class StableDiffusion(nn.Module):
             ("sampler", sampler, sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}"),
             ("n", n, n >= 1, "1 or more"),
             ("seed", seed, 0 <= seed <= 2**64 - n, f"from 0 to {2**64 - n}"),
-            ("width", width, width >= unit and width % unit == 0, f"a multiple of {unit} from {unit} on"),
-            ("height", height, height >= unit and height % unit == 0, f"a multiple of {unit} from {unit} on"),
+            ("width", width, width in possible, f"a multiple of {unit} from {unit} to {possible[-1]}"),
+            ("height", height, height in possible, f"a multiple of {unit} from {unit} to {possible[-1]}"),
             ("strength", strength, 0 < strength <= 1, "over 0 and at most 1"),
             ("mask", "given", mask is None or image is not None, "used with an image only"),
         ]
@@ -1107,13 +1107,14 @@ class StableDiffusion(nn.Module):
         An image is changed, by `strength` in (0, 1], and with a mask of its size only where that is white.
         Raises ValueError for arguments out of range, images of no use and results that are not finite.
         """
-        prompts = [text for text in ([prompt] if isinstance(prompt, str) else prompt) for _ in range(n)]
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         image, mask = (source if source is None else open_picture(source) for source in (image, mask))
         seed = random.randrange(2**32) if seed is None else seed
         width, height = self.check(
-            steps=steps, guidance=guidance, sampler=sampler, seed=seed, n=len(prompts), width=width,
+            steps=steps, guidance=guidance, sampler=sampler, seed=seed, n=n * len(prompts), width=width,
             height=height, image=image, strength=strength, mask=mask,
         )  # fmt: skip
+        prompts = [text for text in prompts for _ in range(n)]
         unit = self.config.downscale
         shape = (self.config.latent_channels, height // unit, width // unit)
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
@@ -1157,6 +1158,7 @@ class StableDiffusion(nn.Module):
 # -------------------------------------------------------------------------------------------- 11 command line
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+WEBUI_QUOTED = r'[,:"\n]'
 WEBUI_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}
 
 
@@ -1164,7 +1166,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     """The options; a wrong one ends the program with status 2 and one line."""
     parser = argparse.ArgumentParser(usage="python sd.py --prompt TEXT [options]", allow_abbrev=False)
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=80)
-    parser.error = lambda message: parser.exit(2, f"sd.py: error: {message}; see python sd.py --help\n")
+    parser.error = lambda message: parser.exit(2, f"sd.py: error: {one_line(message)}; see --help\n")
     option = parser.add_argument
     option("--prompt", metavar="TEXT", required=True, help="what to draw")
     option("--negative", metavar="TEXT", default="", help="what to keep out of it")
@@ -1196,61 +1198,64 @@ def pick_device(name: str | None) -> torch.device:
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # each backend has its own
-        raise ValueError(f"device {name} is not there: {first_line(error)}; try --device cpu") from error
+        raise ValueError(f"device {name} is not there: {one_line(error)}; try --device cpu") from error
     return torch.device(name)
 
 
-def check_out(path: Path) -> None:
-    """Raises OSError or ValueError, before any work is done, where no picture could be saved."""
-    if path.suffix.lower() != ".png":
-        raise ValueError(f"out is {path} and must end in .png")
-    try:
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OSError(f"out is {path} and {path.parent} cannot be written to: {error.strerror}") from error
-
-
-def claim(path: Path) -> bool:
-    """Whether there was no such file; there is one now, so that no other process takes the name."""
-    try:
-        path.touch(exist_ok=False)
-        return True
-    except FileExistsError:
-        return False
+def free_name(path: Path) -> Path:
+    """The first of out.png, out-1.png, ... that is not there. Now it is, empty: no other process takes it."""
+    for i in count():
+        name = path.with_stem(f"{path.stem}-{i}") if i else path
+        try:
+            name.touch(exist_ok=False)
+            return name
+        except FileExistsError:
+            continue
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: str) -> Path:
-    """Saves a PNG, with `parameters` in it, as the first of out.png, out-1.png, ... that is free."""
-    names = (path.with_stem(f"{path.stem}-{i}") if i else path for i in count())
-    free = next(name for name in names if claim(name))
+    """Saves a PNG with `parameters` in it under the first free name like `path`, which is returned."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters)
+    name = free_name(path)
     try:
-        with written_whole(free) as file:
+        with written_whole(name) as file:
             picture.save(file, "png", pnginfo=info)
     except BaseException:
-        free.unlink()
+        name.unlink()
         raise
-    return free
+    return name
 
 
 def webui_parameters(args: argparse.Namespace, seed: int, width: int, height: int) -> str:
     """What made a picture, in the form that AUTOMATIC1111's web UI writes and reads."""
+    settings = {
+        "Steps": args.steps, "Sampler": WEBUI_SAMPLERS[args.sampler], "CFG scale": args.guidance,
+        "Seed": seed, "Size": f"{width}x{height}", "Model": args.weights.stem,
+    }  # fmt: skip
+    if args.image:
+        settings["Denoising strength"] = args.strength
+    pairs = []
+    for name, value in settings.items():
+        value = str(value).removesuffix(".0")
+        pairs.append(f"{name}: {json.dumps(value) if re.search(WEBUI_QUOTED, value) else value}")
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
-    strength = f", Denoising strength: {args.strength:g}" if args.image else ""
-    return (
-        f"{args.prompt}{negative}\nSteps: {args.steps}, Sampler: {WEBUI_SAMPLERS[args.sampler]}, CFG scale: "
-        f"{args.guidance:g}, Seed: {seed}, Size: {width}x{height}, Model: {args.weights.stem}{strength}"
-    )
+    return f"{args.prompt}{negative}\n{', '.join(pairs)}"
 
 
 def run(args: argparse.Namespace) -> None:
     """Draws and saves the pictures."""
-    (args.prompt + args.negative).encode()  # a ValueError where the shell gave bytes that are no UTF-8
+    for name in ("prompt", "negative"):
+        if re.search("[\ud800-\udfff]", getattr(args, name)):  # what Python makes of other bytes
+            raise ValueError(f"{name} is not valid UTF-8; write it anew")
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    check_out(args.out)
+    if args.out.suffix.lower() != ".png":
+        raise ValueError(f"out is {args.out} and must end in .png")
+    try:
+        free_name(args.out).unlink()
+    except OSError as error:
+        raise OSError(f"out is {args.out}, which cannot be made: {error.strerror}; name another") from error
     if args.strength is not None and args.image is None:
         raise ValueError("strength is given and must be used with an image only")
     args.strength = 0.8 if args.strength is None else args.strength
@@ -1272,11 +1277,11 @@ def run(args: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     args = parse(arguments)
-    warnings.showwarning = lambda message, *_: print(f"sd.py: note: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"sd.py: note: {one_line(message)}", file=sys.stderr)
     try:
         run(args)
     except (OSError, ValueError) as error:
-        print(f"sd.py: error: {error}", file=sys.stderr)
+        print(f"sd.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "allocate" not in str(error):  # how every device says that its memory is full
