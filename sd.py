@@ -169,6 +169,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, context_width: int | None = None, bias: bool = True):
         super().__init__()
+        if width % heads:
+            raise ValueError(f"{heads} heads cannot share a width of {width}")
         self.heads = heads
         if context_width is None:
             self.qkv = nn.Linear(width, 3 * width, bias)  # one product, as they share their input
@@ -647,7 +649,7 @@ class Foreign:
         return self
 
 
-class TensorUnpickler(pickle.Unpickler):
+class TensorUnpickler(pickle._Unpickler):  # the one in Python: in C, one damaged byte can ask for gigabytes
     """Unpickles tensors in plain containers; of what else the file names, nothing is imported or called.
 
     `storage`, from (key, dtype, numel), is the flat tensor (numel,) of which the file's tensors are views.
@@ -695,9 +697,9 @@ def read_pickle(path: Path, data: mmap.mmap):
                 raise ValueError(f"{record.filename} does not hold {size} bytes, uncompressed")
         return content
 
-    magic, _, _ = (TensorUnpickler(data).load() for _ in range(3))
-    if magic != LEGACY_MAGIC:
+    if TensorUnpickler(data).load() != LEGACY_MAGIC:
         raise ValueError("it is a pickle, but not one of PyTorch's")
+    TensorUnpickler(data).load(), TensorUnpickler(data).load()  # a version, and about the machine
     start = data.tell()
     TensorUnpickler(data, storage).load()  # for the sizes only: a storage begins where the one before it ends
     for key in TensorUnpickler(data).load():
@@ -743,13 +745,17 @@ def read_folder(path: Path) -> tuple[dict, dict]:
     tensors, fields = {}, {}
     for part, known in DIFFUSERS_FIELDS.items():
         files = [path / part / (stem + suffix) for suffix in (".safetensors", ".bin") for stem in stems]
-        if not any(map(Path.is_file, files)):
+        config = path / part / "config.json"
+        reading = next(filter(Path.is_file, files), None)
+        if reading is None:
             raise ValueError(f"{part}/ holds no weights; name a whole diffusers folder, or a checkpoint file")
-        found, _ = read_file(next(filter(Path.is_file, files)))
-        tensors |= {f"{part}.{name}": value for name, value in found.items()}
-        if (path / part / "config.json").is_file():
-            settings = json.loads((path / part / "config.json").read_text())
-            fields |= {field: settings[name] for name, field in known.items() if name in settings}
+        try:
+            tensors |= {f"{part}.{name}": value for name, value in read_file(reading)[0].items()}
+            if config.is_file():
+                settings = json.loads((reading := config).read_text())
+                fields |= {field: settings[name] for name, field in known.items() if name in settings}
+        except ValueError as error:
+            raise ValueError(f"{part}/{reading.name}: {error}") from error
     return tensors, fields
 
 
@@ -870,9 +876,9 @@ def read_model(path: Path) -> tuple[Config, dict]:
     else:
         tensors, metadata = read_file(path)
         if OWN_MARK in metadata:
-            fields = json.loads(metadata[OWN_MARK]).items()
+            fields = dict(json.loads(metadata[OWN_MARK])).items()
             return Config(**{name: tuple(it) if isinstance(it, list) else it for name, it in fields}), tensors
-    told = [f"{name} {list(value.shape)}" for name, value in tensors.items() if isinstance(value, Tensor)]
+    told = [f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items()]
     families = [family for family, pattern in FAMILIES if any(re.search(pattern, line) for line in told)]
     tensors = {rename(name): value for name, value in tensors.items() if not re.search(UNNEEDED, name)}
     if not families and not any(name.startswith("unet.") for name in tensors):
@@ -997,7 +1003,7 @@ class StableDiffusion(nn.Module):
             with torch.device("meta"), WithoutNumbers():
                 model = cls(config)
             model.load_state_dict(fit(tensors, model, "cpu" if offload else device, dtype), assign=True)
-        except (ArithmeticError, LookupError, TypeError, ValueError) as error:  # or its sizes make no model
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # bad sizes
             raise ValueError(f"{path}: {one_line(error)}") from error
         if tensors:
             warnings.warn(f"{path}: {len(tensors)} tensors not used: {first_few([*tensors])}", stacklevel=2)
