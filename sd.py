@@ -87,8 +87,8 @@ class Config:
 
 
 # ------------------------------------------------------------------------------------------------ 2 tokenizer
-# Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) as OpenAI's CLIP has it: text
-# is cut into words, words into bytes, and the pairs that were common in CLIP's texts grow together again.
+# Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) as in OpenAI's CLIP: text becomes words,
+# words become bytes, and pairs that were common in CLIP's texts grow together again.
 
 # A byte is written as one character: its own where that is visible, else the next free one from U+0100 on.
 VISIBLE = [byte for byte in range(256) if byte > ord(" ") and chr(byte).isprintable()]
@@ -367,8 +367,8 @@ class VAE(nn.Module):
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
     """(B,) timesteps -> (B, width): cosines and sines of falling frequency (Vaswani et al. 2017, sec. 3.5)"""
-    half = torch.arange(width // 2, dtype=torch.float32, device=t.device)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * half / len(half))  # (B, width / 2)
+    place = torch.arange(width // 2, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * place / len(place))  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -652,12 +652,13 @@ class Foreign:
 class TensorUnpickler(pickle._Unpickler):  # the one in Python: in C, one damaged byte can ask for gigabytes
     """Unpickles tensors in plain containers; of what else the file names, nothing is imported or called.
 
-    `storage`, from (key, dtype, numel), is the flat tensor (numel,) of which the file's tensors are views.
+    `places` says at which bytes of the map a storage begins; without it, tensors have shapes only. Afterwards
+    `sizes` says how many bytes of each are used.
     """
 
-    def __init__(self, file, storage: Callable[[str, torch.dtype, int], Tensor] | None = None):
+    def __init__(self, file, data: mmap.mmap, places: dict[str, int] | None = None):
         super().__init__(file, encoding="latin-1")
-        self.storage = storage
+        self.data, self.places, self.sizes = data, places, {}
 
     def find_class(self, module: str, name: str):
         if module == "torch" and name in PICKLE_DTYPES:
@@ -673,40 +674,43 @@ class TensorUnpickler(pickle._Unpickler):  # the one in Python: in C, one damage
         if pid[0] == "module":  # old files pack a class with its source
             return pid[1]
         _, dtype, key, _, numel = pid[:5]
-        return self.storage(key, dtype, numel)
+        self.sizes[key] = numel * dtype.itemsize
+        if self.places is None:
+            return torch.empty(numel, device="meta")
+        return mapped(self.data, self.places[key], self.sizes[key], dtype)
 
 
-def read_pickle(path: Path, data: mmap.mmap):
-    """The object that torch.save wrote: in a zip, beside a record for each storage, or, up to version 1.5, as
-    the fourth of five pickles, the last of which lists the storages behind it, each its length and bytes."""
-    places, sizes = {}, {}  # of storages, in bytes: where each begins, how much of it the object uses
+def read_zip_pickle(path: Path, data: mmap.mmap):
+    """The object that torch.save writes: a zip of a pickle and, uncompressed, a record for each storage."""
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
+        places = {}
+        for name, record in records.items():
+            name_size, extra_size = struct.unpack_from("<HH", data, record.header_offset + 26)
+            places[name.removeprefix("data/")] = record.header_offset + 30 + name_size + extra_size
+        unpickler = TensorUnpickler(archive.open(records["data.pkl"]), data, places)
+        content = unpickler.load()
+    for key, size in unpickler.sizes.items():
+        record = records[f"data/{key}"]
+        if record.file_size < size or record.compress_type != zipfile.ZIP_STORED:
+            raise ValueError(f"{record.filename} does not hold {size} bytes, uncompressed")
+    return content
 
-    def storage(key: str, dtype: torch.dtype, numel: int) -> Tensor:
-        sizes[key] = numel * dtype.itemsize
-        return mapped(data, places[key], sizes[key], dtype) if places else torch.empty(numel, device="meta")
 
-    if data[:4] == ZIP_MAGIC:
-        with zipfile.ZipFile(path) as archive:
-            records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-            for name, record in records.items():
-                name_size, extra_size = struct.unpack_from("<HH", data, record.header_offset + 26)
-                places[name.removeprefix("data/")] = record.header_offset + 30 + name_size + extra_size
-            content = TensorUnpickler(archive.open(records["data.pkl"]), storage).load()
-        for record, size in ((records[f"data/{key}"], size) for key, size in sizes.items()):
-            if record.file_size < size or record.compress_type != zipfile.ZIP_STORED:
-                raise ValueError(f"{record.filename} does not hold {size} bytes, uncompressed")
-        return content
-
-    if TensorUnpickler(data).load() != LEGACY_MAGIC:
+def read_legacy_pickle(data: mmap.mmap):
+    """The object that torch.save wrote up to version 1.5: pickles of a magic number, a version, the machine,
+    the object and the keys of its storages, then each storage's length, in 8 bytes, and its bytes."""
+    if TensorUnpickler(data, data).load() != LEGACY_MAGIC:
         raise ValueError("it is a pickle, but not one of PyTorch's")
-    TensorUnpickler(data).load(), TensorUnpickler(data).load()  # a version, and about the machine
-    start = data.tell()
-    TensorUnpickler(data, storage).load()  # for the sizes only: a storage begins where the one before it ends
-    for key in TensorUnpickler(data).load():
+    TensorUnpickler(data, data).load()
+    TensorUnpickler(data, data).load()
+    start, unpickler, places = data.tell(), TensorUnpickler(data, data), {}
+    unpickler.load()  # for the sizes only: a storage begins where the one before it ends
+    for key in TensorUnpickler(data, data).load():
         places[key] = data.tell() + 8
-        data.seek(places[key] + sizes[key])
+        data.seek(places[key] + unpickler.sizes[key])
     data.seek(start)
-    return TensorUnpickler(data, storage).load()
+    return TensorUnpickler(data, data, places).load()
 
 
 def read_file(path: Path) -> tuple[dict, dict[str, str]]:
@@ -730,7 +734,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, str]]:
             return read_safetensors(data)
         if data[:4] != ZIP_MAGIC and data[:1] != PICKLE_MAGIC:
             raise ValueError("it starts like no kind of checkpoint")
-        content = read_pickle(path, data)
+        content = read_zip_pickle(path, data) if data[:4] == ZIP_MAGIC else read_legacy_pickle(data)
         content = content.get("state_dict", content)
         return {name: value for name, value in content.items() if isinstance(name, str)}, {}
     except Exception as error:  # a damaged pickle can fail in every way there is

@@ -39,7 +39,7 @@ def small_model(small) -> sd.StableDiffusion:
 
 @pytest.fixture(scope="session")
 def full(tmp_path_factory):
-    """A full-size random checkpoint, 4.27 GB, CompVis layout, .safetensors, fp32; gone after the last test."""
+    """A full-size random checkpoint, 4.27 GB, CompVis layout, .safetensors, fp32; gone after the tests."""
     path = tmp_path_factory.mktemp("full") / "full.safetensors"
     make_checkpoint.write(path)
     yield path
@@ -48,14 +48,16 @@ def full(tmp_path_factory):
 
 @pytest.fixture
 def run_sd(tmp_path):
-    """Runs `python sd.py ...` in an empty folder; a prompt is given unless there is one among the arguments."""
+    """Runs `python sd.py ...` in an empty folder, with a prompt if there is none among the arguments."""
 
     def run(*arguments, **options) -> subprocess.CompletedProcess:
         arguments = [str(argument) for argument in arguments]
         if "--prompt" not in arguments:
             arguments += ["--prompt", "a red apple"]
         command = [sys.executable, str(ROOT / "sd.py"), *arguments]
-        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options)
+        return subprocess.run(
+            command, cwd=tmp_path, capture_output=True, text=True, stdin=subprocess.DEVNULL, **options
+        )
 
     return run
 

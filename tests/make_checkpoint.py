@@ -3,7 +3,7 @@
     python tests/make_checkpoint.py random.safetensors                  # by the ending: .safetensors, .ckpt,
     python tests/make_checkpoint.py --small --dtype fp16 folder/        # or else a diffusers folder
 
-sd15_keys.json holds the real file's list of names, shapes and dtypes. The folder is written by diffusers' own code.
+sd15_keys.json holds the real file's list of tensors. The folder is written by diffusers itself.
 """
 
 import argparse
@@ -33,8 +33,10 @@ def layout(small: bool = False) -> Iterator[tuple[str, list[int], str]]:
         yield name, shape, dtype
 
 
-def random_tensors(small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> dict[str, torch.Tensor]:
-    """A tensor for each name: no bias at zero, no norm at identity, and signals that keep their size on the way."""
+def random_tensors(
+    small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """A tensor for each name: no bias at zero, no norm at identity, and signals that keep their size."""
     generator = torch.Generator().manual_seed(seed)
     roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
     schedule = (1 - roots**2).cumprod(0).float()
@@ -57,30 +59,33 @@ def random_tensors(small: bool = False, dtype: torch.dtype = torch.float32, seed
 
 
 def configs(small: bool = False) -> dict[str, dict]:
-    """The config.json of each part of the diffusers folder, as the released Stable Diffusion v1.5 has them."""
+    """The config.json of each part of the diffusers folder, as the released SD v1.5 has them."""
     unet = [32, 64, 128, 128] if small else [320, 640, 1280, 1280]
     vae = [32, 64, 128, 128] if small else [128, 256, 512, 512]
     text = 64 if small else 768
     scheduler = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000,
-        "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False, "trained_betas": None,
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
+        "num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
     }  # fmt: skip
     return {
         "unet": {
             "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 64,
-            "block_out_channels": unet, "layers_per_block": 2, "attention_head_dim": 8, "cross_attention_dim": text,
+            "block_out_channels": unet, "layers_per_block": 2, "attention_head_dim": 8,
+            "cross_attention_dim": text,
             "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
             "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
         },
         "vae": {
-            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4, "sample_size": 512,
-            "block_out_channels": vae, "layers_per_block": 2, "norm_num_groups": 32, "scaling_factor": 0.18215,
+            "_class_name": "AutoencoderKL", "in_channels": 3, "out_channels": 3, "latent_channels": 4,
+            "sample_size": 512, "block_out_channels": vae, "layers_per_block": 2, "norm_num_groups": 32,
+            "scaling_factor": 0.18215,
             "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
         },
         "text_encoder": {
             "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "hidden_size": text,
             "intermediate_size": 4 * text, "num_hidden_layers": 12, "num_attention_heads": text // 64,
-            "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77, "projection_dim": text,
+            "hidden_act": "quick_gelu", "vocab_size": 49408, "max_position_embeddings": 77,
+            "projection_dim": text,
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1, "layer_norm_eps": 1e-5,
         },
         "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **scheduler},
@@ -93,8 +98,9 @@ def write_configs(folder: Path, small: bool = False) -> None:
     import sd
 
     index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0", "feature_extractor": [None, None],
-        "safety_checker": [None, None], "requires_safety_checker": False, "scheduler": ["diffusers", "PNDMScheduler"],
+        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0",
+        "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False,
+        "scheduler": ["diffusers", "PNDMScheduler"],
         "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
     }  # fmt: skip
@@ -113,7 +119,9 @@ def write_configs(folder: Path, small: bool = False) -> None:
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def reference_pipeline(checkpoint: Path, folder: Path, small: bool = False, dtype: torch.dtype = torch.float32):
+def reference_pipeline(
+    checkpoint: Path, folder: Path, small: bool = False, dtype: torch.dtype = torch.float32
+):
     """diffusers' own pipeline from a single file; `folder` is where it finds the configs."""
     from diffusers import StableDiffusionPipeline
 
@@ -143,7 +151,9 @@ def write(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, s
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("path", type=Path, help="file ending in .safetensors or .ckpt, or a folder for diffusers' layout")
+    parser.add_argument(
+        "path", type=Path, help="file ending in .safetensors or .ckpt, or a folder for diffusers' layout"
+    )
     parser.add_argument("--small", action="store_true", help="narrow layers, under 100 MB")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--seed", type=int, default=0)

@@ -346,7 +346,9 @@ def test_parity(pair, dtype, task, batch, size, tokens):
     model, pipeline = pair
     inputs = random_inputs(task, model.config, batch, size, tokens, dtype)
     for our, their in zip(ours(model, task, *inputs), theirs(pipeline, task, *inputs), strict=True):
-        assert measured(f"small, {dtype}, {task}: relative error", relative_error(our, their)) <= LIMITS[dtype]
+        assert (
+            measured(f"small, {dtype}, {task}: relative error", relative_error(our, their)) <= LIMITS[dtype]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +370,10 @@ def test_parity_at_full_size(full_pair, dtype, task):
     model, inputs, outputs = full_pair
     assert model.config == sd.Config()
     for our, their in zip(ours(model, task, *inputs[task]), outputs[task], strict=True):
-        assert measured(f"full size, {dtype}, {task}: relative error", relative_error(our, their)) <= LIMITS[dtype]
+        assert (
+            measured(f"full size, {dtype}, {task}: relative error", relative_error(our, their))
+            <= LIMITS[dtype]
+        )
 
 
 @every_task

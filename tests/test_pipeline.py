@@ -8,7 +8,7 @@ import make_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import measured, relative_error
 from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
@@ -74,7 +74,9 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
 def assert_same(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
     """Every pixel within 1 of 255, of pictures that show something."""
     assert len(ours) == len(theirs)
-    assert max(map(difference, ours, theirs)) <= 1
+    assert (
+        measured("pictures, against diffusers': difference of 255", max(map(difference, ours, theirs))) <= 1
+    )
     assert min(pixels(picture).std() for picture in ours) > 20
 
 

@@ -36,4 +36,6 @@ def test_commands_parse(command):
 def test_options_are_all_there(run_sd):
     """Those of --help, and no others."""
     shown = set(re.findall(r"--[a-z]+", run_sd("--help").stdout)) - {"--help"}
-    assert shown == set(re.findall(r"`(--[a-z]+)", README[README.index("## Options") : README.index("## From")]))
+    assert shown == set(
+        re.findall(r"`(--[a-z]+)", README[README.index("## Options") : README.index("## From")])
+    )
