@@ -133,6 +133,44 @@ def truncated_safetensors(path, tensors):
     os.truncate(path, 50_000_000)
 
 
+def save_with_a_lie(path, tensors, lie: Callable[[dict], None]) -> None:
+    """A .safetensors whose header says of its first tensor what is not so."""
+    save_file(tensors, path)
+    content = path.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    lie(min(header.values(), key=lambda entry: entry["data_offsets"]))
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
+
+
+@kind("damaged", "does not fit its place")
+def header_lies_about_an_offset(path, tensors):
+    save_with_a_lie(path, tensors, lambda entry: entry.update(data_offsets=[4, entry["data_offsets"][1]]))
+
+
+@kind("damaged", "does not fit its place")
+def header_lies_about_a_size(path, tensors):
+    save_with_a_lie(path, tensors, lambda entry: entry.update(shape=[2, *entry["shape"]]))
+
+
+@kind("damaged", "does not fit its place")
+def header_lies_about_a_dtype(path, tensors):
+    save_with_a_lie(path, tensors, lambda entry: entry.update(dtype="F16"))
+
+
+@kind("damaged", "F4096")
+def header_names_no_dtype(path, tensors):
+    save_with_a_lie(path, tensors, lambda entry: entry.update(dtype="F4096"))
+
+
+@kind("damaged", "does not fit its place")
+def header_lets_tensors_overlap(path, tensors):
+    end = tensors["betas"].nbytes
+    shape = [tensors["betas"].numel() + 1]
+    save_with_a_lie(path, tensors, lambda entry: entry.update(shape=shape, data_offsets=[0, end + 4]))
+
+
 @kind("damaged")
 def truncated_zip(path, tensors):
     torch.save(tensors, path)
