@@ -551,6 +551,7 @@ class DPMPlusPlus(Sampler):
         h = self.log_snr(i + 1) - self.log_snr(i)
         clean = ahead = self.predict_clean(i, latent, noise_pred)
         if 0 < i < len(self.timesteps) - 1:
+            # Halfway through the step, as x_0 has been changing from the last to this.
             ahead = clean + h / (self.log_snr(i) - self.log_snr(i - 1)) / 2 * (clean - self.last_clean)
         self.last_clean = clean
         return ((1 - after) / (1 - now)) ** 0.5 * latent - after**0.5 * math.expm1(-h) * ahead
@@ -723,7 +724,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, str]]:
     if path.stat().st_size == 0:
         raise ValueError("the file is empty; download it again")
     with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # who writes to it changes no file
+        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy on write: the file stays
     if data[:23] == b"version https://git-lfs":
         raise ValueError("this is a Git LFS pointer, not the checkpoint; get that with `git lfs pull`")
     is_safetensors = data[8:9] == b"{"
@@ -766,7 +767,7 @@ def read_folder(path: Path) -> tuple[dict, dict]:
 DIFFUSERS_FIELDS = {
     "text_encoder": {"num_attention_heads": "text_heads"},
     "vae": {"scaling_factor": "latent_scale"},
-    "unet": {"norm_num_groups": "norm_groups", "attention_head_dim": "unet_heads"},  # misnamed
+    "unet": {"norm_num_groups": "norm_groups", "attention_head_dim": "unet_heads"},  # means heads
 }
 
 # Both dialects' names become ours in two steps: first where a tensor stands, (a pattern, what replaces it),
@@ -880,10 +881,11 @@ def read_model(path: Path) -> tuple[Config, dict]:
     else:
         tensors, metadata = read_file(path)
         if OWN_MARK in metadata:
-            fields = dict(json.loads(metadata[OWN_MARK])).items()
-            return Config(**{name: tuple(it) if isinstance(it, list) else it for name, it in fields}), tensors
-    told = [f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items()]
-    families = [family for family, pattern in FAMILIES if any(re.search(pattern, line) for line in told)]
+            fields = dict(json.loads(metadata[OWN_MARK]))
+            tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+            return Config(**fields | tuples), tensors
+    described = [f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items()]
+    families = [family for family, pattern in FAMILIES if any(re.search(pattern, line) for line in described)]
     tensors = {rename(name): value for name, value in tensors.items() if not re.search(UNNEEDED, name)}
     if not families and not any(name.startswith("unet.") for name in tensors):
         vae = any(re.search(r"\b(en|de)coder\.conv_in", name) for name in tensors)
