@@ -585,6 +585,30 @@ ZIP_MAGIC, PICKLE_MAGIC, LEGACY_MAGIC = b"PK\3\4", b"\x80", 0x1950A86A20F9469CFC
 OWN_MARK = "sd.py"  # where our own files carry their Config in the metadata
 
 
+def one_line(message: Warning | Exception | str) -> str:
+    """A message without line breaks; an exception that says nothing is named."""
+    return " ".join(str(message).split()) or type(message).__name__
+
+
+def first_few(items: list[str]) -> str:
+    """The first three and how many more."""
+    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator:
+    """A binary file to write, which is at `path` once it is complete and on disk, or never."""
+    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")  # names have a greatest length
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def mapped(data: mmap.mmap, begin: int, size: int, dtype: torch.dtype) -> Tensor:
     """A flat tensor over `size` bytes of the map; copied only where the file did not align them."""
     if size == 0:
@@ -625,20 +649,6 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator:
-    """A binary file to write, which is at `path` once it is complete and on disk, or never."""
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")  # names have a greatest length
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class Foreign:
@@ -742,6 +752,14 @@ def read_file(path: Path) -> tuple[dict, dict[str, str]]:
         raise ValueError(f"no checkpoint or a damaged one: {one_line(error)}; download it again") from error
 
 
+# What a diffusers folder says in its config.json files and shapes do not: its name for it, and ours.
+DIFFUSERS_FIELDS = {
+    "text_encoder": {"num_attention_heads": "text_heads"},
+    "vae": {"scaling_factor": "latent_scale"},
+    "unet": {"norm_num_groups": "norm_groups", "attention_head_dim": "unet_heads"},  # means heads
+}
+
+
 def read_folder(path: Path) -> tuple[dict, dict]:
     """The tensors in a diffusers folder, by their own names behind their part's, and those fields of Config
     that its config.json files tell and shapes do not."""
@@ -764,11 +782,14 @@ def read_folder(path: Path) -> tuple[dict, dict]:
     return tensors, fields
 
 
-DIFFUSERS_FIELDS = {
-    "text_encoder": {"num_attention_heads": "text_heads"},
-    "vae": {"scaling_factor": "latent_scale"},
-    "unet": {"norm_num_groups": "norm_groups", "attention_head_dim": "unet_heads"},  # means heads
-}
+def compvis_place(way: str, number: str, part: str, resample: str | None) -> str:
+    """Where the U-Net's {way}put_blocks.{number}.{part} stands; the first of the input's is a convolution."""
+    level, block = divmod(int(number) - (way == "in"), Config.unet_blocks + 1)
+    if resample:
+        return f"unet.down.{level}.resample." if way == "in" else f"unet.up.{level}.resample.conv."
+    kind = "transformer" if int(part) else "residual"
+    return f"unet.{'down' if way == 'in' else 'up'}.{level}.blocks.{block}.{kind}."
+
 
 # Both dialects' names become ours in two steps: first where a tensor stands, (a pattern, what replaces it),
 PLACES = [
@@ -824,15 +845,6 @@ FAMILIES = [
     ("a textual inversion", r"^string_to_param|^emb_params"),
     ("an inpainting UNet (9 input channels)", r"(input_blocks\.0\.0|unet\.conv_in)\.weight \[\d+, 9,"),
 ]
-
-
-def compvis_place(way: str, number: str, part: str, resample: str | None) -> str:
-    """Where the U-Net's {way}put_blocks.{number}.{part} stands; the first of the input's is a convolution."""
-    level, block = divmod(int(number) - (way == "in"), Config.unet_blocks + 1)
-    if resample:
-        return f"unet.down.{level}.resample." if way == "in" else f"unet.up.{level}.resample.conv."
-    kind = "transformer" if int(part) else "residual"
-    return f"unet.{'down' if way == 'in' else 'up'}.{level}.blocks.{block}.{kind}."
 
 
 def rename(name: str) -> str:
@@ -894,16 +906,6 @@ def read_model(path: Path) -> tuple[Config, dict]:
         raise ValueError(f"this is {families[0]}; use a whole Stable Diffusion v1 checkpoint")
     shapes = {name: value.shape for name, value in tensors.items() if isinstance(value, Tensor)}
     return replace(infer_config(shapes), **fields), tensors
-
-
-def one_line(message: Warning | Exception | str) -> str:
-    """A message without line breaks; an exception that says nothing is named."""
-    return " ".join(str(message).split()) or type(message).__name__
-
-
-def first_few(items: list[str]) -> str:
-    """The first three and how many more."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def fit(tensors: dict, model: nn.Module, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
