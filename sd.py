@@ -831,6 +831,7 @@ WORDS = {
     "ff.net.0.proj": "fc1", "ff.net.2": "fc2", "conv_norm_out": "norm_out", "out.0": "norm_out",
     "out.2": "conv_out", "quant_conv": "quant", "post_quant_conv": "post_quant",
 }  # fmt: skip
+WORDS_PATTERN = r"(?<=\.)(" + "|".join(map(re.escape, WORDS)) + r")(?=\.)"
 
 # Known and not needed: schedules, which have no dot in their names, averaged weights, what served training.
 UNNEEDED = r"^\w+$|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$"
@@ -851,8 +852,7 @@ def rename(name: str) -> str:
     """Our name for a tensor that either dialect names `name`."""
     for pattern, replacement in PLACES:
         name = re.sub(pattern, replacement, name)
-    words = "|".join(map(re.escape, WORDS))
-    return re.sub(rf"(?<=\.)({words})(?=\.)", lambda match: WORDS[match[1]], name)
+    return re.sub(WORDS_PATTERN, lambda match: WORDS[match[1]], name)
 
 
 def infer_config(shapes: dict[str, torch.Size]) -> Config:
@@ -1067,7 +1067,7 @@ class StableDiffusion(nn.Module):
         """`work`, of the VAE, on `x`; the VAE turns float32 once it overflows, as SD's do in fp16."""
         with self.working(self.vae) as dtype:
             result = work(x.to(self.device, dtype))
-            if not result.isfinite().all():
+            if dtype.itemsize < torch.float32.itemsize and not result.isfinite().all():
                 self.vae.float()
                 result = work(x.to(self.device, torch.float32))
         return result.float()
@@ -1117,7 +1117,7 @@ class StableDiffusion(nn.Module):
         """Draws `n` pictures of each prompt; picture i is the one of `seed + i`, whatever is drawn beside it.
 
         steps: 1 to 1000, of sampler "ddpm", "ddim" or "dpm++". guidance: how far to go to the prompt and from
-        `negative`; 1: not at all. width, height: pixels, multiples of 8, else the image's or the Config's.
+        `negative`; 1: no guidance. width, height: pixels, multiples of 8, else the image's or the Config's.
         An image is changed, by `strength` in (0, 1], and with a mask of its size only where that is white.
         Raises ValueError for arguments out of range, images of no use and results that are not finite.
         """
