@@ -16,6 +16,7 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239
 """
 
 import argparse
+import atexit
 import json
 import math
 import mmap
@@ -23,6 +24,7 @@ import os
 import pickle
 import random
 import re
+import signal
 import statistics
 import struct
 import sys
@@ -30,18 +32,18 @@ import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, count
+from itertools import chain, count, islice
 from pathlib import Path
 
 import numpy as np
 import regex
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
-from torch import Tensor, nn
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -79,6 +81,13 @@ class Config:
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+
+    @classmethod
+    def from_json(cls, text: str) -> "Config":
+        """The Config that `json.dumps(asdict(config))` wrote, or with some of its fields only."""
+        fields = dict(json.loads(text))
+        tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
+        return cls(**fields | tuples)
 
     @property
     def downscale(self) -> int:
@@ -893,9 +902,7 @@ def read_model(path: Path) -> tuple[Config, dict]:
     else:
         tensors, metadata = read_file(path)
         if OWN_MARK in metadata:
-            fields = dict(json.loads(metadata[OWN_MARK]))
-            tuples = {name: tuple(value) for name, value in fields.items() if isinstance(value, list)}
-            return Config(**fields | tuples), tensors
+            return Config.from_json(metadata[OWN_MARK]), tensors
     described = [f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items()]
     families = [family for family, pattern in FAMILIES if any(re.search(pattern, line) for line in described)]
     tensors = {rename(name): value for name, value in tensors.items() if not re.search(UNNEEDED, name)}
@@ -985,6 +992,28 @@ def to_pictures(images: Tensor) -> list[Image.Image]:
     """(B, 3, H, W) in [-1, 1] -> B pictures"""
     pixels = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device named, or the fastest there is; ValueError where it is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # each backend has its own
+        raise ValueError(f"device {name} is not there: {one_line(error)}; try --device cpu") from error
+    return torch.device(name)
+
+
+def join_processes() -> tuple[int, int]:
+    """This process's rank and how many there are, if torchrun started them; else 0 and 1."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    distributed.init_process_group()
+    atexit.register(distributed.destroy_process_group)
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 class StableDiffusion(nn.Module):
@@ -1169,6 +1198,342 @@ class StableDiffusion(nn.Module):
         return [Image.composite(picture, image, mask) for picture in pictures] if mask else pictures
 
 
+# ------------------------------------------------------------------------------------------------ 10 training
+# First the autoencoder learns to give pictures back, then the denoiser learns in its latents. An objective
+# reads a data set, draws batches from it, and is a module whose forward is the loss; `train` does the rest.
+# Whatever is random follows from the seed and the step: a training that was stopped goes on as if it had not
+# been, and of several processes each draws the whole batch and takes its share.
+
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
+EDGE_WEIGHT, KL_WEIGHT = 0.5, 1e-3
+BAD_STEPS = 10  # in a row, before training gives up
+
+
+def read_captions(folder: Path) -> dict[Path, list[str]]:
+    """The pictures of a data set, each with its captions: from metadata.jsonl (file_name, text), COCO's
+    captions_*.json, or a NAME.txt beside each NAME.png. Raises OSError or ValueError where there are none."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
+    files = {path.name: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES}
+    captions, source = {}, folder / "metadata.jsonl"
+    try:
+        if source.is_file():
+            for line in filter(str.strip, source.read_text(encoding="utf-8").splitlines()):
+                entry = json.loads(line)
+                captions.setdefault(folder / entry["file_name"], []).append(entry["text"])
+        elif sources := sorted(folder.rglob("captions_*.json")):
+            for source in sources:
+                content = json.loads(source.read_text(encoding="utf-8"))
+                names = {image["id"]: image["file_name"] for image in content["images"]}
+                for entry in content["annotations"]:
+                    name = names[entry["image_id"]]
+                    captions.setdefault(files.get(name, folder / name), []).append(entry["caption"])
+        else:
+            for path in files.values():
+                if (source := path.with_suffix(".txt")).is_file():
+                    captions[path] = [source.read_text(encoding="utf-8").strip()]
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"{source}: not captions that can be used: {one_line(error)}") from error
+    if not captions:
+        raise ValueError(f"{folder}: no pictures with captions; README.md says how they are laid out")
+    return captions
+
+
+def read_pictures(paths: Collection[Path], side: int) -> Iterator[tuple[Path, Tensor]]:
+    """Each path with its picture, (3, H, W) uint8, whose shorter side is made `side`. Those that cannot be
+    read are left out and named at the end; raises ValueError where they are more than half."""
+    failed = []
+    for path in tqdm(paths, "reading", disable=None):
+        try:
+            image = open_picture(path)
+        except (OSError, ValueError) as error:
+            failed.append(one_line(error))
+            continue
+        size = [round(length * side / min(image.size)) for length in image.size]
+        pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
+        yield path, torch.from_numpy(pixels).permute(2, 0, 1)
+    if len(failed) > len(paths) / 2:
+        raise ValueError(f"{len(failed)} of {len(paths)} pictures cannot be used: {first_few(failed)}")
+    if failed:
+        warnings.warn(f"{len(failed)} of {len(paths)} pictures left out: {first_few(failed)}", stacklevel=2)
+
+
+def cut(picture: Tensor, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Tensor:
+    """A square (3, side, side) of (3, H, W); `place` says how far down and right, 0 to 1."""
+    top, left = (round(share * (length - side)) for share, length in zip(place, picture.shape[1:]))
+    return picture[:, top : top + side, left : left + side]
+
+
+class Reconstruction(nn.Module):
+    """The VAE's objective: pictures come back as they were (L1, also on the steps between neighbours) and
+    latents stay near a standard normal (a little KL). SD's own adds a perceptual distance, LPIPS, and later
+    a discriminator of patches (Esser et al. 2020, arXiv:2012.09841), for textures that L1 leaves soft."""
+
+    def __init__(self, model: StableDiffusion, args: argparse.Namespace):
+        super().__init__()
+        self.model, self.args = model.requires_grad_(False), args
+        model.vae.requires_grad_(True)
+        self.pictures = [picture for _, picture in read_pictures(read_captions(args.data), args.resolution)]
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Squares of pictures (B, 3, H, W) in [-1, 1] and noise (B, C, h, w)"""
+        picks = torch.randint(len(self.pictures), (count,), generator=generator).tolist()
+        places = torch.rand(count, 2, generator=generator).tolist()
+        cuts = [cut(self.pictures[i], self.args.resolution, place) for i, place in zip(picks, places)]
+        images = torch.stack(cuts)
+        flips = torch.rand(count, generator=generator) < (0.5 if self.args.flip else 0)
+        images[flips] = images[flips].flip(-1)
+        side = self.args.resolution // self.model.config.downscale
+        noise = torch.randn(count, self.model.config.latent_channels, side, side, generator=generator)
+        return images / 127.5 - 1, noise
+
+    def forward(self, image: Tensor, noise: Tensor) -> Tensor:
+        mean, logvar = (moment.float() for moment in self.model.vae.encode(image))  # (B, C, h, w) each
+        error = self.model.vae.decode(mean + (0.5 * logvar).exp() * noise).float() - image  # (B, 3, H, W)
+        edges = sum(error.diff(dim=dim).abs().mean() for dim in (-1, -2))
+        kl = (mean**2 + logvar.exp() - 1 - logvar).mean() / 2  # Kingma and Welling 2013, app. B
+        return error.abs().mean() + EDGE_WEIGHT * edges + KL_WEIGHT * kl
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Measures on the data set what brings the latents to unit variance, for the Config."""
+        images, noise = (tensor.split(1) for tensor in self.draw(64, torch.Generator().manual_seed(0)))
+        latents = [self.model.encode(image, one.to(self.model.device)) for image, one in zip(images, noise)]
+        scale = self.model.config.latent_scale / torch.cat(latents).std().item()
+        self.model.config = replace(self.model.config, latent_scale=scale)
+
+    @torch.no_grad()
+    def samples(self) -> list[Image.Image]:
+        """Pictures, each before what becomes of it."""
+        pictures = []
+        for image in self.draw(16, torch.Generator().manual_seed(0))[0].split(1):
+            pictures += to_pictures(image) + to_pictures(self.model.decode(self.model.encode(image)))
+        return pictures
+
+
+class NoisePrediction(nn.Module):
+    """The UNet's objective: to tell the noise in a latent (Ho et al. 2020, alg. 1, eq. 14). `--min-snr`
+    keeps the timesteps of little noise from outweighing the others (Hang et al. 2023, arXiv:2303.09556)."""
+
+    def __init__(self, model: StableDiffusion, args: argparse.Namespace):
+        super().__init__()
+        self.model, self.args = model.requires_grad_(False), args
+        model.unet.requires_grad_(True)
+        model.text_encoder.requires_grad_(args.train_text_encoder)
+        self.register_buffer("alphas_cumprod", noise_schedule(model.config).float().to(model.device))
+        captions, self.ids, moments = read_captions(args.data), [], []
+        pictures = read_pictures(captions, args.resolution)
+        while chunk := list(islice(pictures, 16)):
+            images = torch.stack([cut(picture, args.resolution) for _, picture in chunk])
+            ids = [torch.tensor([model.tokenizer(text) for text in captions[path]]) for path, _ in chunk]
+            for version in (images, images.flip(-1)) if args.flip else (images,):
+                with torch.no_grad():
+                    version = version.to(model.device) / 127.5 - 1  # (B, 3, H, W)
+                    moments.append(torch.cat(model.vae.encode(version), dim=1).cpu())  # (B, 2C, h, w)
+                self.ids += ids
+        self.moments, self.no_text = torch.cat(moments), torch.tensor(model.tokenizer(""))
+        self.prompts = [text for texts in captions.values() for text in texts][:16]
+        if args.prompts:
+            self.prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+        """Latents, scaled, and noise (B, C, h, w) each, timesteps (B,), ids (B, T)"""
+        picks = torch.randint(len(self.moments), (count,), generator=generator)
+        mean, logvar = self.moments[picks].chunk(2, dim=1)  # (B, C, h, w) each
+        latent = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
+        t = torch.randint(self.model.config.timesteps, (count,), generator=generator)
+        choices = (self.ids[pick] for pick in picks)  # (captions of the picture, T) each
+        ids = torch.stack([texts[torch.randint(len(texts), (), generator=generator)] for texts in choices])
+        ids[torch.rand(count, generator=generator) < self.args.drop_text] = self.no_text  # for guidance
+        return latent * self.model.config.latent_scale, torch.randn(mean.shape, generator=generator), t, ids
+
+    def forward(self, latent: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
+        level = self.alphas_cumprod[t].view(-1, 1, 1, 1)
+        noise_pred = self.model.unet(add_noise(latent, noise, level), t, self.model.text_encoder(ids))
+        weight = (self.args.min_snr * (1 - level) / level).clamp(max=1)  # of predicted noise, sec. 3.4
+        return (weight * (noise_pred.float() - noise) ** 2).mean()
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def samples(self) -> list[Image.Image]:
+        """Pictures of the prompts."""
+        settings = {"steps": 20, "sampler": "dpm++", "seed": self.args.seed, "progress": False}
+        settings |= {"width": self.args.resolution, "height": self.args.resolution}
+        return [self.model.generate(prompt, **settings)[0] for prompt in self.prompts]
+
+
+OBJECTIVES = {"vae": Reconstruction, "unet": NoisePrediction}
+
+
+def new_model(config: Config, seed: int) -> StableDiffusion:
+    """A model with random weights. Every branch of the denoiser that is added to something starts at nothing,
+    so that at first all is passed on as it is."""
+    torch.manual_seed(seed)
+    model = StableDiffusion(config)
+    for name, parameter in model.unet.named_parameters():
+        if re.search(r"(conv2|proj_out|conv_out)\.weight$", name):
+            nn.init.zeros_(parameter)
+    return model
+
+
+def sheet(pictures: list[Image.Image], columns: int = 8) -> Image.Image:
+    """Pictures of one size in rows."""
+    width, height = pictures[0].size
+    grid = Image.new("RGB", (columns * width, -(-len(pictures) // columns) * height), "white")
+    for i, picture in enumerate(pictures):
+        grid.paste(picture, (i % columns * width, i // columns * height))
+    return grid
+
+
+def draw_curve(losses: Tensor, width: int = 800, height: int = 400) -> Image.Image:
+    """The losses (N,) over the steps, on a logarithmic axis; a column is the median of its steps."""
+    columns = [column.nanmedian() for column in losses.tensor_split(min(len(losses), width))]
+    curve = torch.stack(columns).log10().nan_to_num(0.0)
+    low, high = curve.min().item(), curve.max().item()
+    heights = (high - curve) / max(high - low, 1e-9) * (height - 1)
+    picture = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.line([(i * width / len(curve), y) for i, y in enumerate(heights.tolist())], "navy")
+    text = f"{len(losses)} steps, loss from {10**high:.4g} down to {10**low:.4g}"
+    pen.text((width // 2, 4), text, "black")
+    return picture
+
+
+class Trainer:
+    """An objective's weights on their way: their average, the optimizer, the losses so far, the files."""
+
+    def __init__(self, objective: nn.Module, args: argparse.Namespace):
+        self.objective, self.args, self.losses = objective, args, []
+        self.files = {kind: args.out.with_suffix(kind) for kind in (".state", ".loss.csv", ".loss.png")}
+        named = [(name, weight) for name, weight in objective.named_parameters() if weight.requires_grad]
+        self.weights = [weight for _, weight in named]
+        self.average = [weight.detach().clone() if args.ema else weight.detach() for weight in self.weights]
+        groups = {args.weight_decay: [], 0.0: []}
+        for name, weight in named:  # biases, norms and embeddings do not decay
+            groups[args.weight_decay if weight.ndim > 1 and "embedding" not in name else 0.0].append(weight)
+        groups = [{"params": weights, "weight_decay": decay} for decay, weights in groups.items()]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)  # fused: makes no copies of all weights
+
+    def update(self, loss: float) -> None:
+        """One step of the optimizer and of the average, by the gradients that the weights have; none where
+        they or the loss are not finite. Raises ValueError when that happens ten times in a row."""
+        args, step = self.args, len(self.losses)
+        norm = nn.utils.clip_grad_norm_(self.weights, args.clip)
+        self.losses.append(loss if norm.isfinite() else math.nan)
+        if math.isfinite(self.losses[-1]):
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.rate(step)
+            self.optimizer.step()
+            kept = min(args.ema, (1 + step) / (10 + step))  # at first there is little to average over
+            torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], 1 - kept)
+        elif any(map(math.isfinite, self.losses[-BAD_STEPS:])) or step + 1 < BAD_STEPS:
+            warnings.warn(f"step {step + 1} left out: its loss or gradient is not finite", stacklevel=2)
+        else:
+            raise ValueError(f"{BAD_STEPS} steps in a row are not finite; lower --lr, or use --dtype fp32")
+        self.optimizer.zero_grad()
+
+    def rate(self, step: int) -> float:
+        """The learning rate: up in a line over the warm-up, then down in a cosine."""
+        cosine = (1 + math.cos(math.pi * step / self.args.steps)) / 2
+        return self.args.lr * min((step + 1) / max(self.args.warmup, 1), cosine)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the average weights."""
+        own = [weight.data for weight in self.weights]
+        for weight, average in zip(self.weights, self.average):
+            weight.data = average
+        yield
+        for weight, data in zip(self.weights, own):
+            weight.data = data
+
+    def save(self) -> None:
+        """Writes the model, with the average weights, and beside it what `resume` reads and the losses."""
+        with self.averaged():
+            self.objective.finish()
+            self.objective.model.save(self.args.out)
+        state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
+        with written_whole(self.files[".state"]) as file:
+            torch.save(state | {"losses": self.losses}, file)
+        with written_whole(self.files[".loss.csv"]) as file:
+            rows = [("step", "loss"), *enumerate(self.losses, 1)]
+            file.writelines(f"{step},{loss}\n".encode() for step, loss in rows)
+        with written_whole(self.files[".loss.png"]) as file:
+            draw_curve(torch.tensor(self.losses)).save(file, "png")
+
+    def resume(self) -> None:
+        """Takes up where `save` was called last."""
+        if not self.files[".state"].is_file():
+            raise FileNotFoundError(f"{self.files['.state']}: nothing to resume from; leave out --resume")
+        state = torch.load(self.files[".state"], self.weights[0].device, weights_only=True, mmap=True)
+        for weight, saved in zip([*self.weights, *self.average], [*state["weights"], *state["average"]]):
+            weight.data.copy_(saved)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.losses = state["losses"]
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains one part of a model; `args` are those of `python sd.py train --help`. Returns the exit status,
+    128 and more where a signal asked to stop. Raises OSError or ValueError for what cannot be used."""
+    rank, processes = join_processes()
+    device = pick_device(args.device)
+    if args.out.exists() and not args.resume:
+        raise ValueError(f"{args.out} is there already; go on with it by --resume, or name another --out")
+    if args.init:
+        model = StableDiffusion.load(args.init, device)
+    else:
+        text = Path(args.config).read_text(encoding="utf-8") if args.config.endswith(".json") else args.config
+        model = new_model(Config.from_json(text), args.seed).to(device)
+    args.resolution = args.resolution or model.config.image_size
+    if args.resolution % (unit := model.config.downscale):
+        raise ValueError(f"resolution is {args.resolution}, which is not a multiple of {unit}")
+    objective = OBJECTIVES[args.part](model, args)
+    if device.type == "cuda":  # on a CPU it is no faster
+        objective.to(memory_format=torch.channels_last)
+    elif args.resolution // unit <= 32:  # there, small attention goes backwards faster in plain products
+        torch.backends.cuda.enable_flash_sdp(False)  # of every device, in spite of the name
+    trainer = Trainer(objective, args)
+    if args.resume:
+        trainer.resume()
+    if args.compile:
+        objective.compile()
+    loss_of = nn.parallel.DistributedDataParallel(objective) if processes > 1 else objective
+    signals = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    count = args.batch_size * processes
+    per_step, first = args.accumulate * count, len(trainer.losses)
+    quiet = None if rank == 0 else True  # None: if no terminal
+    bar = tqdm(total=args.steps * per_step, initial=first * per_step, unit=" pictures", disable=quiet)
+    for step in range(first + 1, args.steps + 1):
+        generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
+        report = torch.tensor([0.0, len(signals)], device=device)  # the loss, and whether to stop
+        for _ in range(args.accumulate):
+            batch = [tensor[rank::processes].to(device) for tensor in objective.draw(count, generator)]
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+                loss = loss_of(*batch) / args.accumulate
+            loss.backward()
+            report[0] += loss.detach() / processes
+        if processes > 1:
+            distributed.all_reduce(report)
+        loss, stopped = report.tolist()
+        trainer.update(loss)
+        bar.update(per_step)
+        bar.set_postfix(loss=loss, lr=trainer.rate(step), refresh=False)
+        if rank == 0 and args.sample_every and step % args.sample_every == 0:
+            with trainer.averaged(), written_whole(args.out.with_suffix(f".{step}.png")) as file:
+                sheet(objective.samples()).save(file, "png")
+        if rank == 0 and (stopped or step == args.steps or step % args.save_every == 0):
+            trainer.save()
+        if rank == 0 and stopped:
+            print(f"sd.py: stopped after step {step}; to go on, add --resume", file=sys.stderr)
+        if stopped:
+            return 128 + max(signals, default=signal.SIGTERM)
+    return 0
+
+
 # -------------------------------------------------------------------------------------------- 11 command line
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -1176,11 +1541,20 @@ WEBUI_QUOTED = r'[,:"\n]'
 WEBUI_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The options; a wrong one ends the program with status 2 and one line."""
-    parser = argparse.ArgumentParser(usage="python sd.py --prompt TEXT [options]", allow_abbrev=False)
-    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=80)
-    parser.error = lambda message: parser.exit(2, f"sd.py: error: {one_line(message)}; see --help\n")
+class Parser(argparse.ArgumentParser):
+    """Says in one line what is wrong, and ends with status 2."""
+
+    def __init__(self, usage: str):
+        help_format = lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=80)
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=help_format)
+
+    def error(self, message: str):
+        self.exit(2, f"sd.py: error: {one_line(message)}; see --help\n")
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """The options for a picture."""
+    parser = Parser("python sd.py --prompt TEXT [options], or python sd.py train --help")
     option = parser.add_argument
     option("--prompt", metavar="TEXT", required=True, help="what to draw")
     option("--negative", metavar="TEXT", default="", help="what to keep out of it")
@@ -1205,21 +1579,57 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device named, or the fastest there is; ValueError where it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"device {name} is not there: {one_line(error)}; try --device cpu") from error
-    return torch.device(name)
+def parse_train(arguments: list[str]) -> argparse.Namespace:
+    """The options for training; raises ValueError for one out of range."""
+    parser = Parser("python sd.py train DATA --out FILE [options]")
+    option = parser.add_argument
+    option("data", metavar="DATA", type=Path, help="folder of pictures with captions")
+    option("--out", metavar="FILE", required=True, type=Path, help="the model; what resuming needs beside it")
+    option("--part", default="unet", choices=OBJECTIVES, help="vae or unet (unet)")
+    option("--init", metavar="PATH", type=Path, help="checkpoint to start from (random weights)")
+    option("--config", metavar="JSON", default="{}", help="else fields of Config, or a file of them (SD v1)")
+    option("--steps", metavar="N", default=10000, type=int, help="of the optimizer (10000)")
+    option("--batch-size", metavar="B", default=16, type=int, help="pictures at once, per process (16)")
+    option("--accumulate", metavar="A", default=1, type=int, help="batches per step (1)")
+    option("--resolution", metavar="R", type=int, help="pixels, a multiple of 8 (the model's)")
+    option("--flip", action="store_true", help="mirrored pictures, too")
+    option("--lr", metavar="LR", default=1e-4, type=float, help="highest learning rate (1e-4)")
+    option("--warmup", metavar="N", default=100, type=int, help="steps up to it; then down, a cosine (100)")
+    option("--weight-decay", metavar="W", default=0.01, type=float, help="(0.01)")
+    option("--clip", metavar="C", default=1.0, type=float, help="greatest norm of the gradient (1.0)")
+    option("--ema", metavar="E", default=0.999, type=float, help="decay of the average; 0: none (0.999)")
+    option("--drop-text", metavar="P", default=0.1, type=float, help="share without text (0.1)")
+    option("--min-snr", metavar="G", default=math.inf, type=float, help="gamma of the weights, as 5 (none)")
+    option("--train-text-encoder", action="store_true", help="with the UNet")
+    option("--save-every", metavar="N", default=1000, type=int, help="steps (1000)")
+    option("--sample-every", metavar="N", default=0, type=int, help="steps from sheet to sheet (0: none)")
+    option("--prompts", metavar="FILE", type=Path, help="for the sheets, a prompt a line (captions)")
+    option("--seed", metavar="N", default=0, type=int, help="(0)")
+    option("--device", metavar="D", help="cpu, cuda, ... (the fastest there is)")
+    option("--dtype", metavar="D", default="fp32", choices=["fp32", "bf16"], help="to compute in (fp32)")
+    option("--compile", action="store_true", help="slow start, faster steps")
+    option("--resume", action="store_true", help="go on where the same command stopped")
+    args = parser.parse_args(arguments)
+    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "clip", "min_snr"):
+        if not getattr(args, name) > 0:
+            parser.error(f"{name.replace('_', '-')} is {getattr(args, name)} and must be over 0")
+    for name in ("ema", "drop_text"):
+        if not 0 <= getattr(args, name) < 1:
+            parser.error(f"{name.replace('_', '-')} is {getattr(args, name)} and must be from 0 to below 1")
+    if args.out.suffix != ".safetensors" or not os.access(args.out.parent, os.W_OK):
+        parser.error(f"out is {args.out} and must be a .safetensors in a folder that can be written to")
+    return args
 
 
-def free_name(path: Path) -> Path:
-    """The first of out.png, out-1.png, ... that is not there. Now it is, empty: no other process takes it."""
-    for i in count():
-        name = path.with_stem(f"{path.stem}-{i}") if i else path
+def free_names(path: Path) -> Iterator[Path]:
+    """Those of out.png, out-1.png, ... that are not there."""
+    names = chain([path], (path.with_stem(f"{path.stem}-{i}") for i in count(1)))
+    return (name for name in names if not name.exists())
+
+
+def claim(path: Path) -> Path:
+    """The first free name like `path`. Now it is there, empty: no other process takes it."""
+    for name in free_names(path):
         try:
             name.touch(exist_ok=False)
             return name
@@ -1231,7 +1641,7 @@ def save_picture(picture: Image.Image, path: Path, parameters: str) -> Path:
     """Saves a PNG with `parameters` in it under the first free name like `path`, which is returned."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", parameters)
-    name = free_name(path)
+    name = claim(path)
     try:
         with written_whole(name) as file:
             picture.save(file, "png", pnginfo=info)
@@ -1257,8 +1667,8 @@ def webui_parameters(args: argparse.Namespace, seed: int, width: int, height: in
     return f"{args.prompt}{negative}\n{', '.join(pairs)}"
 
 
-def run(args: argparse.Namespace) -> None:
-    """Draws and saves the pictures."""
+def run(args: argparse.Namespace) -> int:
+    """Draws and saves the pictures; returns the exit status."""
     for name in ("prompt", "negative"):
         if re.search("[\ud800-\udfff]", getattr(args, name)):  # what Python makes of other bytes
             raise ValueError(f"{name} is not valid UTF-8; write it anew")
@@ -1267,7 +1677,7 @@ def run(args: argparse.Namespace) -> None:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"out is {args.out} and must end in .png")
     try:
-        free_name(args.out).unlink()
+        claim(args.out).unlink()
     except OSError as error:
         raise OSError(f"out is {args.out}, which cannot be made: {error.strerror}; name another") from error
     if args.strength is not None and args.image is None:
@@ -1277,23 +1687,32 @@ def run(args: argparse.Namespace) -> None:
     settings = {name: getattr(args, name) for name in names}
     settings |= {name: open_picture(settings[name]) for name in ("image", "mask") if settings[name]}
     seed = random.randrange(2**32) if args.seed is None else args.seed
+    rank, processes = join_processes()
+    shared = [seed, list(islice(free_names(args.out), max(args.n, 0)))]
+    if processes > 1:
+        distributed.broadcast_object_list(shared)
+    seed, names = shared
     model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
     width, height = model.check(seed=seed, n=args.n, **settings)
     if args.compile:
         model.unet.compile()
     about = f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {seed}"
-    print(f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, {about}", file=sys.stderr)
-    for i in range(args.n):  # one by one, so that each is saved when it is done
+    if rank == 0:
+        print(f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, {about}", file=sys.stderr)
+    for i in range(rank, args.n, processes):  # one by one, so that each is saved when it is done
         [picture] = model.generate(args.prompt, args.negative, seed=seed + i, **settings)
-        print(save_picture(picture, args.out, webui_parameters(args, seed + i, width, height)))
+        print(save_picture(picture, names[i], webui_parameters(args, seed + i, width, height)))
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
-    args = parse(arguments)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    training = arguments[:1] == ["train"]
+    args = parse_train(arguments[1:]) if training else parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"sd.py: note: {one_line(message)}", file=sys.stderr)
     try:
-        run(args)
+        return train(args) if training else run(args)
     except (OSError, ValueError) as error:
         print(f"sd.py: error: {one_line(error)}", file=sys.stderr)
         return 2
@@ -1304,7 +1723,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 if __name__ == "__main__":
