@@ -631,17 +631,16 @@ def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Tensor], dict[str, str]
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
-    tensors, end = {}, 0
+    tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
-        (begin, stop), numel = entry["data_offsets"], math.prod(shape)
-        if begin != end or stop - begin != numel * dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"{name} does not fit its place, bytes {begin} to {stop}")
-        if start + stop > len(data):
-            raise ValueError(f"{name} ends at byte {start + stop} and the file at {len(data)}")
-        tensors[name], end = mapped(data, start + begin, stop - begin, dtype).view(shape), stop
-    if start + end != len(data):
-        raise ValueError(f"the tensors end at byte {start + end} and the file at {len(data)}")
+        begin, stop = (start + offset for offset in entry["data_offsets"])
+        size = math.prod(shape) * dtype.itemsize
+        if begin != end or stop != begin + size or stop > len(data) or min(shape, default=0) < 0:
+            raise ValueError(f"{name} does not fit its place, bytes {begin} to {stop} of {len(data)}")
+        tensors[name], end = mapped(data, begin, size, dtype).view(shape), stop
+    if end != len(data):
+        raise ValueError(f"the tensors end at byte {end} and the file at {len(data)}")
     return tensors, metadata
 
 
@@ -791,107 +790,104 @@ def read_folder(path: Path) -> tuple[dict, dict]:
     return tensors, fields
 
 
-def compvis_place(way: str, number: str, part: str, resample: str | None) -> str:
-    """Where the U-Net's {way}put_blocks.{number}.{part} stands; the first of the input's is a convolution."""
-    level, block = divmod(int(number) - (way == "in"), Config.unet_blocks + 1)
-    if resample:
-        return f"unet.down.{level}.resample." if way == "in" else f"unet.up.{level}.resample.conv."
-    kind = "transformer" if int(part) else "residual"
-    return f"unet.{'down' if way == 'in' else 'up'}.{level}.blocks.{block}.{kind}."
+def level_by_level(place: re.Match) -> str:
+    """diffusers' place for what CompVis counts through, `part` of the U-Net's {way}put_blocks.{number}."""
+    way, number, part, resample = place.groups()
+    side = "down" if way == "in" else "up"
+    level, block = divmod(int(number) - (way == "in"), Config.unet_blocks + 1)  # the input's 0 is conv_in
+    layer = f"{'attentions' if int(part) else 'resnets'}.{block}"
+    return f"unet.{side}_blocks.{level}.{f'{side}samplers.0.conv' if resample else layer}."
 
 
-# Both dialects' names become ours in two steps: first where a tensor stands, (a pattern, what replaces it),
-PLACES = [
+# Our names, and the dialects' for the same; one that another begins with comes after that.
+NAMES = {
+    "norm1": "layer_norm1 in_layers.0", "norm2": "layer_norm2 out_layers.0",
+    "norm": "final_layer_norm group_norm", "norm_out": "conv_norm_out out.0", "conv_out": "out.2",
+    "conv1": "in_layers.2", "conv2": "out_layers.3", "shortcut": "skip_connection nin_shortcut conv_shortcut",
+    "time": "emb_layers.1 time_emb_proj", "time_mlp": "time_embed",
+    "time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
+    "attention": "self_attn", "self_attention": "attn1", "cross_attention": "attn2",
+    "q": "q_proj to_q query", "k": "k_proj to_k key", "v": "v_proj to_v value",
+    "out": "out_proj to_out.0 proj_attn", "fc1": "mlp.fc1 ff.net.0.proj", "fc2": "mlp.fc2 ff.net.2",
+    "quant": "quant_conv", "post_quant": "post_quant_conv",
+    "unet.middle.0.residual": "unet.middle_block.0 unet.mid_block.resnets.0",
+    "unet.middle.0.transformer": "unet.middle_block.1 unet.mid_block.attentions.0",
+    "unet.middle.1.residual": "unet.middle_block.2 unet.mid_block.resnets.1",
+    "middle.0": "mid.block_1 mid_block.resnets.0", "middle.1.out": "mid.attn_1.proj_out",
+    "middle.1": "mid.attn_1 mid_block.attentions.0", "middle.2": "mid.block_2 mid_block.resnets.1",
+    "down": "down_blocks", "up": "up_blocks", "blocks": "block resnets",
+    "resample": "downsample.conv downsamplers.0.conv upsample upsamplers.0",
+}  # fmt: skip
+WORDS = {theirs: ours for ours, words in NAMES.items() for theirs in words.split()}
+
+# What makes both dialects' names ours, in this order: (a pattern, what replaces it).
+RULES = [
     (r"^model\.diffusion_model\.", "unet."),
     (r"^first_stage_model\.", "vae."),
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
     (r"^text_encoder\.(text_model\.)?((embeddings|encoder)\.)?", "text_encoder."),
-    # the U-Net's blocks, which CompVis counts through and diffusers level by level
-    (r"^unet\.input_blocks\.0\.0\.", "unet.conv_in."),
-    (r"^unet\.(in|out)put_blocks\.(\d+)\.(\d)\.(op\.|conv\.)?", lambda match: compvis_place(*match.groups())),
-    (r"^unet\.(middle_block\.0|mid_block\.resnets\.0)\.", "unet.middle.0.residual."),
-    (r"^unet\.(middle_block\.1|mid_block\.attentions\.0)\.", "unet.middle.0.transformer."),
-    (r"^unet\.(middle_block\.2|mid_block\.resnets\.1)\.", "unet.middle.1.residual."),
-    (r"^unet\.(down|up)_blocks\.(\d+)\.resnets\.(\d+)\.", r"unet.\1.\2.blocks.\3.residual."),
-    (r"^unet\.(down|up)_blocks\.(\d+)\.attentions\.(\d+)\.", r"unet.\1.\2.blocks.\3.transformer."),
-    (r"^unet\.down_blocks\.(\d+)\.downsamplers\.0\.conv\.", r"unet.down.\1.resample."),
-    (r"^unet\.up_blocks\.(\d+)\.upsamplers\.0\.", r"unet.up.\1.resample."),
     (r"\.transformer_blocks\.0\.", "."),
-    # the autoencoder's, where CompVis counts the decoder's levels from the picture's size down
+    (r"^unet\.input_blocks\.0\.0\.", "unet.conv_in."),
+    (r"^unet\.(in|out)put_blocks\.(\d+)\.(\d)\.(op\.|conv\.)?", level_by_level),
+    # CompVis counts the decoder's levels from the picture's size down
     (r"^vae\.decoder\.up\.(\d+)\.", lambda up: f"vae.decoder.up.{len(Config.vae_widths) - 1 - int(up[1])}."),
-    (r"^vae\.(encoder\.down|decoder\.up)(?:_blocks)?\.(\d+)\.(?:block|resnets)\.", r"vae.\1.\2.blocks."),
-    (r"^vae\.(encoder\.down)(?:_blocks)?\.(\d+)\.downsample(?:rs\.0)?\.conv\.", r"vae.\1.\2.resample.1."),
-    (r"^vae\.(decoder\.up)(?:_blocks)?\.(\d+)\.upsample(?:rs\.0)?\.", r"vae.\1.\2.resample."),
-    (r"\.(mid\.block_1|mid_block\.resnets\.0)\.", ".middle.0."),
-    (r"\.mid\.attn_1\.proj_out\.", ".middle.1.out."),
-    (r"\.(mid\.attn_1|mid_block\.attentions\.0)\.", ".middle.1."),
-    (r"\.(mid\.block_2|mid_block\.resnets\.1)\.", ".middle.2."),
+    (rf"(?<![^.])({'|'.join(map(re.escape, WORDS))})(?=\.)", lambda word: WORDS[word[1]]),
+    (r"^(unet\..+\.blocks\.\d+)\.", r"\1.residual."),
+    (r"^(unet\..+)\.attentions\.(\d+)\.", r"\1.blocks.\2.transformer."),
+    (r"^(vae\.encoder\..+\.resample)\.", r"\1.1."),
 ]
-# then what it is called there.
-WORDS = {
-    "layer_norm1": "norm1", "layer_norm2": "norm2", "final_layer_norm": "norm", "self_attn": "attention",
-    "q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "out", "mlp.fc1": "fc1", "mlp.fc2": "fc2",
-    "time_embed": "time_mlp", "time_embedding.linear_1": "time_mlp.0",
-    "time_embedding.linear_2": "time_mlp.2", "in_layers.0": "norm1", "in_layers.2": "conv1",
-    "emb_layers.1": "time", "time_emb_proj": "time", "out_layers.0": "norm2", "out_layers.3": "conv2",
-    "skip_connection": "shortcut", "nin_shortcut": "shortcut", "conv_shortcut": "shortcut",
-    "attn1": "self_attention", "attn2": "cross_attention", "to_q": "q", "to_k": "k", "to_v": "v",
-    "to_out.0": "out", "query": "q", "key": "k", "value": "v", "proj_attn": "out", "group_norm": "norm",
-    "ff.net.0.proj": "fc1", "ff.net.2": "fc2", "conv_norm_out": "norm_out", "out.0": "norm_out",
-    "out.2": "conv_out", "quant_conv": "quant", "post_quant_conv": "post_quant",
-}  # fmt: skip
-WORDS_PATTERN = r"(?<=\.)(" + "|".join(map(re.escape, WORDS)) + r")(?=\.)"
 
-# Known and not needed: schedules, which have no dot in their names, averaged weights, what served training.
-UNNEEDED = r"^\w+$|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$"
+# Of these, known and not needed: schedules, which have no dot, averaged weights, what served training.
+UNNEEDED = r"^\w+$|^model_ema\.|^vae\.loss\.|\bposition_ids$"
 
-# What else comes under the same endings: (what it is, what gives it away in a tensor's name and shape).
+# What else comes under the same endings: (what it is, what gives it away in our names and shapes).
 FAMILIES = [
     ("a LoRA", r"lora[_.]|\.alpha "),
     ("a ControlNet", r"^control_model\.|^controlnet_"),
-    ("Stable Diffusion XL", r"^conditioner\.|attn2\.to_k\.weight \[\d+, 2048\]"),
-    ("Stable Diffusion 2", r"^cond_stage_model\.model\.|attn2\.to_k\.weight \[\d+, 1024\]"),
+    ("Stable Diffusion XL", r"^conditioner\.|cross_attention\.k\.weight \[\d+, 2048\]"),
+    ("Stable Diffusion 2", r"^cond_stage_model\.model\.|cross_attention\.k\.weight \[\d+, 1024\]"),
     ("FLUX or Stable Diffusion 3", r"double_blocks\.|joint_blocks\."),
     ("a textual inversion", r"^string_to_param|^emb_params"),
     ("an inpainting UNet (9 input channels)", r"(input_blocks\.0\.0|unet\.conv_in)\.weight \[\d+, 9,"),
+    ("a VAE alone", r"\A(?!.*^unet\.).*coder\.conv_in"),
+    ("something without a UNet", r"\A(?!.*^unet\.)"),
 ]
 
 
 def rename(name: str) -> str:
     """Our name for a tensor that either dialect names `name`."""
-    for pattern, replacement in PLACES:
+    for pattern, replacement in RULES:
         name = re.sub(pattern, replacement, name)
-    return re.sub(WORDS_PATTERN, lambda match: WORDS[match[1]], name)
+    return name
 
 
-def infer_config(shapes: dict[str, torch.Size]) -> Config:
-    """The Config of tensors of these (our) names; what shapes do not tell is as in SD v1. A size is what most
-    of the tensors that have it say, so that a bad one is reported and not believed."""
+def infer_config(shapes: str) -> Config:
+    """The Config that lines of (our) names and shapes tell; what they do not tell is as in SD v1. A size is
+    what most of the tensors that have it say, so that a bad one is reported and not believed."""
 
-    def size(pattern: str, default: int = 0) -> int:
-        sizes = [shape[0] for name, shape in shapes.items() if shape and re.match(pattern, name)]
-        return statistics.mode(sizes or [default])
+    def size(pattern: str) -> int:
+        return int(statistics.mode(re.findall(rf"(?m)^{pattern}.* \[(\d+)", shapes) or ["0"]))
 
     def number(pattern: str) -> int:
-        return len({match[1] for name in shapes if (match := re.match(pattern, name))})
+        return len(set(re.findall(rf"(?m)^{pattern}", shapes)))
 
     vae_levels = [rf"vae\.encoder\.down\.{i}\.blocks" for i in range(number(r"vae\.encoder\.down\.(\d+)"))]
     unet_levels = [rf"unet\.down\.{i}\.blocks" for i in range(number(r"unet\.down\.(\d+)"))]
-    text_width = size(r"text_encoder\.layers\.\d+\.norm", Config.text_width)
-    found = Config(
-        vocab_size=size(r"text_encoder\.token_embedding"),
-        text_length=size(r"text_encoder\.position_embedding"),
-        text_width=text_width,
-        text_layers=number(r"text_encoder\.layers\.(\d+)"),
-        text_heads=text_width * Config.text_heads // Config.text_width,  # CLIP's heads have one size
-        latent_channels=size(r"vae\.post_quant|unet\.conv_out"),
-        vae_widths=tuple(size(rf"{level}\.\d+\.(conv\d|norm2)") for level in vae_levels),
-        vae_blocks=number(r"vae\.encoder\.down\.\d+\.blocks\.(\d+)"),
-        unet_widths=tuple(size(rf"{level}\.\d+\.residual\.(conv\d|norm2)") for level in unet_levels),
-        unet_attends=tuple(number(rf"{level}\.(\d+)\.transformer") > 0 for level in unet_levels),
-        unet_blocks=number(r"unet\.down\.\d+\.blocks\.(\d+)"),
-    )
-    return Config(**{field: value for field, value in asdict(found).items() if value})
+    text_width = size(r"text_encoder\.layers\.\d+\.norm")
+    found = {
+        "vocab_size": size(r"text_encoder\.token_embedding"),
+        "text_length": size(r"text_encoder\.position_embedding"),
+        "text_width": text_width,
+        "text_layers": number(r"text_encoder\.layers\.(\d+)"),
+        "text_heads": text_width * Config.text_heads // Config.text_width,  # CLIP's heads have one size
+        "latent_channels": size(r"(?:vae\.post_quant|unet\.conv_out)"),
+        "vae_widths": tuple(size(rf"{level}\.\d+\.(?:conv\d|norm2)") for level in vae_levels),
+        "vae_blocks": number(r"vae\.encoder\.down\.\d+\.blocks\.(\d+)"),
+        "unet_widths": tuple(size(rf"{level}\.\d+\.residual\.(?:conv\d|norm2)") for level in unet_levels),
+        "unet_attends": tuple(number(rf"{level}\.\d+\.transformer") > 0 for level in unet_levels),
+        "unet_blocks": number(r"unet\.down\.\d+\.blocks\.(\d+)"),
+    }
+    return Config(**{field: value for field, value in found.items() if value})
 
 
 def read_model(path: Path) -> tuple[Config, dict]:
@@ -903,15 +899,12 @@ def read_model(path: Path) -> tuple[Config, dict]:
         tensors, metadata = read_file(path)
         if OWN_MARK in metadata:
             return Config.from_json(metadata[OWN_MARK]), tensors
-    described = [f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items()]
-    families = [family for family, pattern in FAMILIES if any(re.search(pattern, line) for line in described)]
-    tensors = {rename(name): value for name, value in tensors.items() if not re.search(UNNEEDED, name)}
-    if not families and not any(name.startswith("unet.") for name in tensors):
-        vae = any(re.search(r"\b(en|de)coder\.conv_in", name) for name in tensors)
-        families = ["a VAE alone" if vae else "something without a UNet"]
-    if families:
-        raise ValueError(f"this is {families[0]}; use a whole Stable Diffusion v1 checkpoint")
-    shapes = {name: value.shape for name, value in tensors.items() if isinstance(value, Tensor)}
+    tensors = {rename(name): value for name, value in tensors.items()}
+    shapes = "\n".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items())
+    for family, pattern in FAMILIES:
+        if re.search(pattern, shapes, re.MULTILINE | re.DOTALL):
+            raise ValueError(f"this is {family}; use a whole Stable Diffusion v1 checkpoint")
+    tensors = {name: value for name, value in tensors.items() if not re.search(UNNEEDED, name)}
     return replace(infer_config(shapes), **fields), tensors
 
 
@@ -927,18 +920,16 @@ def fit(tensors: dict, model: nn.Module, device: torch.device | str, dtype: torc
         joined = layer in ("qkv", "kv") and name not in tensors
         sources = [f"{owner}.{letter}.{kind}" for letter in layer] if joined else [name]
         shape = torch.Size([target.shape[0] // len(sources), *target.shape[1:]])
-        parts = []
-        for source in sources:
-            part = tensors.pop(source, None)
+        parts = [tensors.pop(source, None) for source in sources]
+        for source, part in zip(sources, parts):
             if part is None:
                 wrong.append(f"{source} is missing")
             elif not isinstance(part, Tensor):
                 wrong.append(f"{source} is no tensor but {type(part).__module__}.{type(part).__qualname__}")
             elif part.shape[:2] != shape[:2] or part.numel() != shape.numel():
                 wrong.append(f"{source} has shape {tuple(part.shape)} and not {tuple(shape)}")
-            else:
-                parts.append(part.reshape(shape).to(device, dtype))
         if not wrong:
+            parts = [part.reshape(shape).to(device, dtype) for part in parts]
             state[name] = torch.cat(parts) if joined else parts[0]
     if wrong:
         raise ValueError(f"{first_few(wrong)}; use a complete Stable Diffusion v1 checkpoint")
