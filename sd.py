@@ -30,7 +30,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count
@@ -60,6 +60,7 @@ class Config:
     image_size: int = 512  # width and height of a picture, in pixels, when none are asked for
 
     vocab_size: int = 49408
+    vocabulary: tuple[str, ...] = ()  # BERT's tokens, in the order of their ids; empty for CLIP
     text_length: int = 77  # tokens, start and end included
     text_width: int = 768
     text_layers: int = 12
@@ -114,11 +115,12 @@ class Tokenizer:
         pairs = [tuple(line.split()) for line in merges[: max(0, vocab_size - len(symbols) - 2)]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {token: id for id, token in enumerate([*symbols, *map("".join, pairs), START, END])}
+        self.start, self.end, self.pad = self.ids[START], self.ids[END], self.ids[END]
 
     def __call__(self, text: str) -> list[int]:
-        """`text` as `length` ids: a start, at most `length - 2` tokens, and ends up to the full length."""
+        """`text` as `length` ids: a start, at most `length - 2` tokens, an end, and pads."""
         ids = [id for _, word_ids in self.words(text) for id in word_ids][: self.length - 2]
-        return [self.ids[START], *ids] + [self.ids[END]] * (self.length - 1 - len(ids))
+        return [self.start, *ids, self.end] + [self.pad] * (self.length - 2 - len(ids))
 
     def dropped(self, text: str) -> list[str]:
         """The words of `text` that do not fit, whole or in part, into `length` ids."""
@@ -138,10 +140,10 @@ class Tokenizer:
             part = unicodedata.normalize("NFC", part)
             part = "".join(character.lower() for character in part)  # one by one: no final sigma
             for word in filter(None, chain.from_iterable(WORD.findall(part))):
-                yield word, [self.ids[token] for token in self.merge(word)]
+                yield word, [self.ids[token] for token in self.tokens(word)]
 
-    def merge(self, word: str) -> list[str]:
-        """`word` as tokens: its bytes, joined pair by pair, always the first pair in the merges."""
+    def tokens(self, word: str) -> list[str]:
+        """The bytes of `word`, joined pair by pair, always the first pair in the merges."""
         tokens = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8", errors="replace")]
         tokens[-1] += "</w>"
         while len(tokens) > 1:
@@ -156,6 +158,39 @@ class Tokenizer:
                     merged.append(token)
             tokens = merged
         return tokens
+
+
+BERT_SPECIAL = r"\[(?:PAD|UNK|CLS|SEP|MASK)\]"
+# What is a word by itself: punctuation and Chinese characters, but for the 256 that the library overlooks.
+ALONE = r"\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002b81f\U0002b920-\U0002ceaf"
+
+
+class WordPiece(Tokenizer):
+    """Uncased BERT's (Devlin et al. 2018, arXiv:1810.04805). KeyError if `vocabulary` has no [CLS], say."""
+
+    def __init__(self, vocabulary: Iterable[str], length: int = Config.text_length):
+        self.length = length
+        self.ids = {token: id for id, token in enumerate(vocabulary)}
+        self.pad, self.start, self.end, _ = (self.ids[f"[{name}]"] for name in ("PAD", "CLS", "SEP", "UNK"))
+
+    def words(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        for part in re.split(f"({BERT_SPECIAL})", text):
+            if not re.fullmatch(BERT_SPECIAL, part):
+                part = unicodedata.normalize("NFD", regex.sub(r"(?![\t\n\r\p{Cn}])[\p{C}\ufffd]", "", part))
+                part = "".join(character.lower() for character in regex.sub(r"\p{Mn}", "", part))
+            for word in regex.findall(rf"{BERT_SPECIAL}|[{ALONE}]|[^\s{ALONE}]+", part):
+                yield word, [self.ids[token] for token in self.tokens(word)]
+
+    def tokens(self, word: str) -> list[str]:
+        """`word` in the longest pieces there are, left to right, "##" before all but the first; or [UNK]."""
+        pieces, begin, end = [], 0, len(word)
+        while begin < end <= 100:
+            if (piece := "##" * (begin > 0) + word[begin:end]) in self.ids:
+                pieces.append(piece)
+                begin, end = end, len(word)
+            else:
+                end -= 1
+        return pieces if begin == len(word) else ["[UNK]"]
 
 
 # ------------------------------------------------------------------------------------------ 3 building blocks
