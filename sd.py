@@ -214,14 +214,15 @@ class Attention(nn.Module):
             self.kv = nn.Linear(context_width, 2 * width, bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
-        """(B, T, D) and, to be asked, (B, S, context_width) -> (B, T, D); `causal` hides later tokens."""
+    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False, seen=None) -> Tensor:
+        """(B, T, D) and, to be asked, (B, S, context_width) -> (B, T, D); `causal` hides later tokens, a
+        bool `seen` (B, 1, 1, T) those where it is False."""
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)  # (B, T, D), (B, S, D) each
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, -1)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -266,11 +267,11 @@ class Upsample(nn.Module):
 class TextBlock(nn.Module):
     """A transformer layer that norms before it works; a token sees only itself and those before it."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
@@ -281,21 +282,44 @@ class TextBlock(nn.Module):
         return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # a quick GELU (arXiv:1606.08415, sec. 2)
 
 
+class BERTBlock(TextBlock):
+    """A transformer layer that norms after it works; a token sees all that are `seen`."""
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """(B, T, D), (B, 1, 1, T) -> (B, T, D)"""
+        x = self.norm1(x + self.attention(x, seen=seen))
+        return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
+
+
 class CLIPTextEncoder(nn.Module):
     """Turns token ids into the context that the denoiser looks at."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, block: type[TextBlock] = TextBlock, eps: float = 1e-5):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.token_embedding = nn.Embedding(len(config.vocabulary) or config.vocab_size, config.text_width)
         self.position_embedding = nn.Embedding(config.text_length, config.text_width)
-        blocks = (TextBlock(config.text_width, config.text_heads) for _ in range(config.text_layers))
+        blocks = (block(config.text_width, config.text_heads, eps) for _ in range(config.text_layers))
         self.layers = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(config.text_width)
+        self.norm = nn.LayerNorm(config.text_width, eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64, T at most text_length -> (B, T, text_width), the last layer's output, normed"""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, T, D)
         return self.norm(self.layers(x))
+
+
+class BERTTextEncoder(CLIPTextEncoder):
+    """BERT (Devlin et al. 2018, arXiv:1810.04805) in CLIP's place; padding, id 0, is not seen."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, BERTBlock, eps=1e-12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64, T at most text_length -> (B, T, text_width), the last layer's output"""
+        x = self.norm(self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]])  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, seen=(ids != 0)[:, None, None])
+        return x
 
 
 # ---------------------------------------------------------------------------------------------- 5 autoencoder
