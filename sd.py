@@ -855,7 +855,7 @@ PLACES = [
     (r"^model\.diffusion_model\.", "unet."),
     (r"^first_stage_model\.", "vae."),
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
-    (r"^text_encoder\.(text_model\.)?((embeddings|encoder)\.)?", "text_encoder."),
+    (r"^text_encoder\.(text_model\.|bert\.)?((embeddings|encoder)\.)?", "text_encoder."),
     # the U-Net's blocks, which CompVis counts through and diffusers level by level
     (r"^unet\.input_blocks\.0\.0\.", "unet.conv_in."),
     (r"^unet\.(in|out)put_blocks\.(\d+)\.(\d)\.(op\.|conv\.)?", lambda match: compvis_place(*match.groups())),
@@ -889,8 +889,12 @@ WORDS = {
     "to_out.0": "out", "query": "q", "key": "k", "value": "v", "proj_attn": "out", "group_norm": "norm",
     "ff.net.0.proj": "fc1", "ff.net.2": "fc2", "conv_norm_out": "norm_out", "out.0": "norm_out",
     "out.2": "conv_out", "quant_conv": "quant", "post_quant_conv": "post_quant",
+    "word_embeddings": "token_embedding", "position_embeddings": "position_embedding", "layer": "layers",
+    "attention.self": "attention", "attention.output.dense": "attention.out", "intermediate.dense": "fc1",
+    "attention.output.LayerNorm": "norm1", "output.LayerNorm": "norm2", "LayerNorm": "norm",
+    "output.dense": "fc2", "gamma": "weight", "beta": "bias",
 }  # fmt: skip
-WORDS_PATTERN = r"(?<=\.)(" + "|".join(map(re.escape, WORDS)) + r")(?=\.)"
+WORDS_PATTERN = r"(?<=\.)(" + "|".join(map(re.escape, WORDS)) + r")(?=\.|$)"
 
 # Known and not needed: schedules, which have no dot in their names, averaged weights, what served training.
 UNNEEDED = r"^\w+$|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$"
@@ -993,7 +997,7 @@ def fit(tensors: dict, model: nn.Module, device: torch.device | str, dtype: torc
         if not wrong:
             state[name] = torch.cat(parts) if joined else parts[0]
     if wrong:
-        raise ValueError(f"{first_few(wrong)}; use a complete Stable Diffusion v1 checkpoint")
+        raise ValueError(f"{first_few(wrong)}; use a complete checkpoint")
     exact = torch.promote_types(dtype, torch.float32)
     # A sum shows NaN and infinity in one pass and without memory.
     wrong = [name for name, tensor in state.items() if not tensor.sum(dtype=exact).isfinite()]
@@ -1009,6 +1013,31 @@ class WithoutNumbers(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
+
+
+def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The fields of Config that a folder like bert-base-uncased's tells, and its weights as they stand in a
+    StableDiffusion's state dict, in float32. Raises OSError or ValueError, in one line."""
+    try:
+        vocabulary = WordPiece((path := folder / "vocab.txt").read_text("utf-8").rstrip("\n").split("\n")).ids
+        heads = json.loads((path := folder / "config.json").read_text())["num_attention_heads"]
+        files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+        tensors, _ = read_file(path := next(filter(Path.is_file, files), files[0]))
+        tensors = {rename(f"text_encoder.{name}"): value for name, value in tensors.items()}
+        place, types = "text_encoder.position_embedding.weight", "text_encoder.token_type_embeddings.weight"
+        tensors[place] = tensors[place][: Config.text_length] + tensors[types][0]  # a prompt is of one type
+        config = infer_config({name: getattr(value, "shape", ()) for name, value in tensors.items()})
+        config = replace(config, vocabulary=tuple(vocabulary), text_heads=heads)
+        if config.vocab_size != len(vocabulary):
+            raise ValueError(f"it has {config.vocab_size} tokens and vocab.txt {len(vocabulary)}")
+        with torch.device("meta"), WithoutNumbers():
+            encoder = nn.ModuleDict({"text_encoder": BERTTextEncoder(config)})
+        fields = {name: value for name, value in asdict(config).items() if name.startswith(("text", "vocab"))}
+        return fields, fit(tensors, encoder, "cpu", torch.float32)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; name a folder like bert-base-uncased's") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a BERT's: {one_line(error)}; try bert-base-uncased's") from error
 
 
 # ------------------------------------------------------------------------------------------------- 9 pipeline
@@ -1052,8 +1081,9 @@ class StableDiffusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.tokenizer = Tokenizer(config.vocab_size, config.text_length)
-        self.text_encoder = CLIPTextEncoder(config)
+        tokenizer, model = (WordPiece, BERTTextEncoder) if config.vocabulary else (Tokenizer, CLIPTextEncoder)
+        self.tokenizer = tokenizer(config.vocabulary or config.vocab_size, config.text_length)
+        self.text_encoder = model(config)
         self.vae = VAE(config)
         self.unet = UNet(config)
         self.offload_device: torch.device | None = None

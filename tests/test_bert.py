@@ -1,16 +1,26 @@
-"""BERT in CLIP's place: its tokenizer (section 2), against transformers' BertTokenizer."""
+"""BERT in CLIP's place: its tokenizer, text encoder and files (sections 2, 4 and 8), against transformers'
+BertTokenizer and BertModel, and the pipeline with it (section 9)."""
 
+import json
 import random
+import shutil
 import unicodedata
+from dataclasses import asdict, replace
 from functools import cache
+from pathlib import Path
 
 import pytest
 import regex
+import torch
+import torch.nn.functional as F
+from conftest import measured, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+from test_models import LIMITS, randomize
 from test_tokenizer import HARD_CASES, KNOWN, LONG, MERGES, POOLS, random_texts
 from tokenizers import normalizers, pre_tokenizers
-from transformers import BertTokenizer
+from transformers import BertConfig, BertForPreTraining, BertModel, BertTokenizer
 
 import sd
 
@@ -199,3 +209,335 @@ def test_dropped_words(text, dropped):
 def test_a_vocabulary_without_special_tokens(missing):
     with pytest.raises(KeyError, match=missing[1:-1]):
         sd.WordPiece([token for token in vocabulary() if token != missing])
+
+
+# ----------------------------------------------------------------------------------------------- text encoder
+
+WORDS = ("[PAD]", *SPECIAL, "cat", "a", "photo", "of", "##s", "dog", ",")
+SMALL = sd.Config(
+    image_size=64, vocab_size=len(WORDS), vocabulary=WORDS, text_width=48, text_layers=3, text_heads=4,
+    vae_widths=(16, 32), vae_blocks=1, unet_widths=(16, 32), unet_attends=(True, False), unet_blocks=1,
+    unet_heads=4, norm_groups=8,
+)  # fmt: skip
+BERT = {
+    "vocab_size": len(WORDS), "hidden_size": 48, "intermediate_size": 192, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "max_position_embeddings": 128,
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+def random_ids(batch: int, tokens: int) -> torch.Tensor:
+    """Each text of another length, and padding behind it."""
+    ids = torch.randint(1, len(WORDS), (batch, tokens))
+    for text, length in zip(ids, torch.randint(2, tokens + 1, (batch,))):
+        text[length:] = 0
+    return ids
+
+
+def random_bert(kind=BertModel, **sizes) -> torch.nn.Module:
+    """Rounded, so that a position and a segment add up exactly in float32."""
+    options = {"add_pooling_layer": False} if kind is BertModel else {}
+    model = randomize(kind(BertConfig(**BERT | sizes), **options))
+    for parameter in model.parameters():
+        parameter.data = (parameter * 2**12).round() / 2**12
+    return model
+
+
+def write_folder(folder: Path, model: torch.nn.Module, words=WORDS) -> Path:
+    """As from the hub."""
+    model.save_pretrained(folder)
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in words), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return write_folder(tmp_path / "bert", random_bert())
+
+
+def with_bert(folder: Path, config: sd.Config = SMALL) -> sd.StableDiffusion:
+    """A random model, but for the text encoder, which is the folder's."""
+    fields, weights = sd.read_bert(folder)
+    model = sd.StableDiffusion(replace(config, **fields))
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert not unexpected and not any(name.startswith("text_encoder.") for name in missing)
+    return model.eval()
+
+
+def test_shapes():
+    block = sd.BERTBlock(24, 3)
+    assert block(torch.randn(2, 5, 24), torch.ones(2, 1, 1, 5, dtype=torch.bool)).shape == (2, 5, 24)
+    encoder = sd.BERTTextEncoder(SMALL)
+    for batch, tokens in ((1, 77), (3, 5)):
+        assert encoder(random_ids(batch, tokens)).shape == (batch, tokens, 48)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("batch, tokens", [(1, 77), (4, 77), (3, 6), (1, 2)])
+@torch.no_grad()
+def test_parity(folder, dtype, batch, tokens):
+    ours = with_bert(folder).text_encoder.to(dtype)
+    theirs = BertModel.from_pretrained(folder, add_pooling_layer=False, dtype=dtype).eval()
+    ids = random_ids(batch, tokens)
+    expected = theirs(ids, attention_mask=(ids != 0).long()).last_hidden_state
+    error = measured(f"BERT, {dtype}: relative error", relative_error(ours(ids), expected))
+    assert error <= LIMITS[dtype]
+
+
+@torch.no_grad()
+def test_a_token_sees_all_but_the_padding():
+    encoder = randomize(sd.BERTTextEncoder(SMALL)).double()
+    ids = torch.randint(1, len(WORDS), (1, 9))
+    padded = F.pad(ids, (0, 5))
+    torch.testing.assert_close(encoder(padded)[:, :9], encoder(ids))
+    for place in range(9):
+        changed = ids.clone()
+        changed[:, place] = ids[:, place] % (len(WORDS) - 1) + 1
+        assert (encoder(changed) - encoder(ids)).abs().amax(dim=(0, 2)).min() > 1e-6
+
+
+@torch.no_grad()
+def test_a_text_is_the_same_alone_and_in_a_batch():
+    encoder, ids = randomize(sd.BERTTextEncoder(SMALL)).double(), random_ids(4, 20)
+    for i in range(4):
+        assert relative_error(encoder(ids[i : i + 1]), encoder(ids)[i : i + 1]) < 1e-12
+
+
+def test_every_weight_has_a_gradient():
+    encoder = randomize(sd.BERTTextEncoder(SMALL)).double()
+    output = encoder(torch.arange(4 * 77).view(4, 77) % len(WORDS))  # every id, and every position
+    (output * torch.randn_like(output)).sum().backward()
+    for name, parameter in encoder.named_parameters():
+        rows = parameter.grad.flatten(1) if parameter.dim() > 1 else parameter.grad[None]
+        assert rows.isfinite().all() and rows.abs().amax(dim=1).min() > 1e-6, name
+
+
+def test_clips_names_are_as_they_were():
+    """Own checkpoints have them; BERT's are the same."""
+    names = [
+        [name for name, _ in encoder(replace(SMALL, text_layers=1)).named_parameters()]
+        for encoder in (sd.CLIPTextEncoder, sd.BERTTextEncoder)
+    ]
+    layer = ["norm1", "attention.qkv", "attention.out", "norm2", "fc1", "fc2"]
+    owners = [*(f"layers.0.{part}" for part in layer), "norm"]
+    expected = ["token_embedding.weight", "position_embedding.weight"]
+    expected += [f"{owner}.{kind}" for owner in owners for kind in ("weight", "bias")]
+    assert names == [expected, expected]
+
+
+# ------------------------------------------------------------------------------------------------- checkpoint
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_fields(folder):
+    before = torch.get_rng_state()
+    fields, weights = sd.read_bert(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert fields == {
+        "vocab_size": len(WORDS), "vocabulary": WORDS, "text_length": 77, "text_width": 48, "text_layers": 3,
+        "text_heads": 4,
+    }  # fmt: skip
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def as_google_named_them(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Norms have a gamma and a beta, and the numbers of the positions are saved."""
+    old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    for new, name in old.items():
+        weights = {key.replace(new, name): value for key, value in weights.items()}
+    return weights | {"bert.embeddings.position_ids": torch.arange(128)[None]}
+
+
+@pytest.mark.parametrize("save, name", [
+    (save_file, "model.safetensors"), (torch.save, "pytorch_model.bin"), (save_file, "pytorch_model.bin"),
+])  # fmt: skip
+@pytest.mark.parametrize("rename", [dict, as_google_named_them])
+def test_every_way_to_name_the_weights(save, name, rename, tmp_path):
+    """The whole of what was trained, behind "bert." and beside the heads, and BERT alone are the same."""
+    whole = random_bert(BertForPreTraining)
+    plain = write_folder(tmp_path / "plain", whole.bert)
+    other = write_folder(tmp_path / "other", whole)
+    (other / "model.safetensors").unlink()
+    weights = {key: value.clone() for key, value in rename(whole.state_dict()).items()}
+    assert sum(key.startswith("bert.") for key in weights) > 50 and "cls.predictions.bias" in weights
+    save(weights, other / name)
+    (fields, ours), (others, theirs) = sd.read_bert(plain), sd.read_bert(other)
+    assert fields == others
+    assert_same(ours, theirs)
+
+
+def test_q_k_and_v_are_joined_and_the_first_segment_is_added(folder):
+    bert, (_, ours) = BertModel.from_pretrained(folder).state_dict(), sd.read_bert(folder)
+    place = "encoder.layer.1.attention.self"
+    joined = torch.cat([bert[f"{place}.{name}.weight"] for name in ("query", "key", "value")])
+    assert torch.equal(ours["text_encoder.layers.1.attention.qkv.weight"], joined)
+    positions = bert["embeddings.position_embeddings.weight"][:77]
+    expected = positions + bert["embeddings.token_type_embeddings.weight"][0]
+    assert torch.equal(ours["text_encoder.position_embedding.weight"], expected)
+
+
+def test_a_small_table_of_positions(tmp_path):
+    folder = write_folder(tmp_path / "bert", random_bert(max_position_embeddings=20))
+    model = with_bert(folder)
+    assert model.config.text_length == 20 and len(model.tokenizer("cat")) == 20
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+def test_heads_are_as_config_json_says(heads, tmp_path):
+    fields, _ = sd.read_bert(write_folder(tmp_path / "bert", random_bert(num_attention_heads=heads)))
+    assert fields["text_heads"] == heads
+
+
+def test_line_ends_do_not_matter(folder):
+    before, _ = sd.read_bert(folder)
+    for text in ("\r\n".join(WORDS) + "\r\n", "\n".join(WORDS)):
+        (folder / "vocab.txt").write_bytes(text.encode())
+        assert sd.read_bert(folder)[0] == before
+
+
+def test_a_token_may_hold_what_else_ends_a_line(tmp_path):
+    words = (*WORDS, "\u2028", "a\x85b", "\xa0")
+    folder = write_folder(tmp_path / "bert", random_bert(vocab_size=len(words)), words)
+    assert sd.read_bert(folder)[0]["vocabulary"] == words
+
+
+def test_half_precision(folder):
+    _, before = sd.read_bert(folder)
+    write_folder(folder, BertModel.from_pretrained(folder, add_pooling_layer=False).half())
+    fields, after = sd.read_bert(folder)
+    assert fields["vocabulary"] == WORDS and {tensor.dtype for tensor in after.values()} == {torch.float32}
+    assert all(relative_error(after[name], before[name]) < 2e-3 for name in before)
+
+
+WEIGHTS, OTHER = "model.safetensors", "pytorch_model.bin"
+
+
+def put(name: str, content: str | bytes):
+    def change(folder: Path) -> None:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    return change
+
+
+def change_weights(name: str, value=None):
+    """Puts in a value, or takes out what is there."""
+
+    def change(folder: Path) -> None:
+        weights = random_bert().state_dict() | {name: value}
+        torch.save({name: value for name, value in weights.items() if value is not None}, folder / OTHER)
+        (folder / WEIGHTS).unlink()
+
+    return change
+
+
+def remove(name: str):
+    return lambda folder: (folder / name).unlink()
+
+
+NORM = "encoder.layer.1.output.LayerNorm.bias"
+POSITIONS, SEGMENTS = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
+MISTAKES = {  # what is done to a good folder, the file that the message names, what else it says
+    "no folder": (shutil.rmtree, "vocab.txt", "no such file.*bert-base-uncased"),
+    "no vocab.txt": (remove("vocab.txt"), "vocab.txt", "no such file.*bert-base-uncased"),
+    "no config.json": (remove("config.json"), "config.json", "no such file.*bert-base-uncased"),
+    "no weights": (remove(WEIGHTS), WEIGHTS, "no such file.*bert-base-uncased"),
+    "empty vocab.txt": (put("vocab.txt", ""), "vocab.txt", "PAD.*bert-base-uncased"),
+    "vocab.txt of others": (put("vocab.txt", "a\nb\n"), "vocab.txt", "PAD.*bert-base-uncased"),
+    "vocab.txt not UTF-8": (put("vocab.txt", b"\xff"), "vocab.txt", "bert-base-uncased"),
+    "a token too few": (
+        put("vocab.txt", "\n".join(WORDS[:-1])),
+        WEIGHTS,
+        "12 tokens and vocab.txt 11;.*bert",
+    ),
+    "a token too many": (put("vocab.txt", "\n".join([*WORDS, "x"])), WEIGHTS, "12 tokens and vocab.txt 13;"),
+    "a token twice": (put("vocab.txt", "\n".join([*WORDS[:-1], "cat"])), WEIGHTS, "and vocab.txt 11;"),
+    "config.json is no JSON": (put("config.json", "{"), "config.json", "bert-base-uncased"),
+    "config.json is a list": (put("config.json", "[]"), "config.json", "bert-base-uncased"),
+    "config.json without heads": (put("config.json", "{}"), "config.json", "num_attention_heads"),
+    "heads that do not divide": (put("config.json", '{"num_attention_heads": 5}'), WEIGHTS, "5 heads"),
+    "no heads": (put("config.json", '{"num_attention_heads": 0}'), WEIGHTS, "zero"),
+    "heads in words": (put("config.json", '{"num_attention_heads": "4"}'), WEIGHTS, "str"),
+    "empty weights": (put(WEIGHTS, ""), WEIGHTS, "empty"),
+    "damaged weights": (put(WEIGHTS, "x" * 99), WEIGHTS, "damaged"),
+    "no positions": (change_weights(POSITIONS), OTHER, "position_embedding"),
+    "no segments": (change_weights(SEGMENTS), OTHER, "token_type"),
+    "segments of another width": (change_weights(SEGMENTS, torch.zeros(2, 7)), OTHER, "size"),
+    "a norm missing": (change_weights(NORM), OTHER, "norm2.bias is missing"),
+    "a number for a tensor": (change_weights(NORM, 3), OTHER, "norm2.bias is no tensor"),
+    "not finite": (change_weights(NORM, torch.full((48,), torch.nan)), OTHER, "NaN.*norm2.bias"),
+}
+
+
+@pytest.mark.parametrize("change, named, said", MISTAKES.values(), ids=MISTAKES)
+def test_mistake(folder, change, named, said):
+    change(folder)
+    with pytest.raises((OSError, ValueError), match=said) as caught:
+        sd.read_bert(folder)
+    assert str(folder / named) in str(caught.value) and len(str(caught.value).splitlines()) == 1
+
+
+# --------------------------------------------------------------------------------------------------- pipeline
+
+
+def test_clip_unless_there_is_a_vocabulary():
+    models = [sd.StableDiffusion(config) for config in (SMALL, replace(SMALL, vocabulary=(), vocab_size=600))]
+    parts = [(type(model.tokenizer), type(model.text_encoder)) for model in models]
+    assert parts == [(sd.WordPiece, sd.BERTTextEncoder), (sd.Tokenizer, sd.CLIPTextEncoder)]
+    assert sd.Config().vocabulary == ()
+
+
+def test_saved_and_loaded(folder, tmp_path, recwarn):
+    """The file needs nothing beside it: the vocabulary is inside."""
+    model = with_bert(folder)
+    model.save(tmp_path / "own.safetensors")
+    shutil.rmtree(folder)
+    loaded = sd.StableDiffusion.load(tmp_path / "own.safetensors")
+    assert loaded.config == model.config and loaded.config.vocabulary == WORDS
+    assert_same(loaded.state_dict(), model.state_dict())
+    quick = {"negative": "dogs", "steps": 3, "seed": 0, "sampler": "dpm++", "progress": False}
+    [picture], [same] = (each.generate("a photo of cats", **quick) for each in (model, loaded))
+    [other] = loaded.generate("a photo of dogs", **quick)
+    assert picture.size == (64, 64) and same.tobytes() == picture.tobytes() != other.tobytes()
+    assert not recwarn.list
+
+
+def test_a_context_is_the_librarys(folder):
+    """From a text, not from ids."""
+    model, bert = with_bert(folder), BertModel.from_pretrained(folder, add_pooling_layer=False).eval()
+    texts = ["", "A photo, of cats", "dog " * 75]
+    tokens = BertTokenizer.from_pretrained(folder)(
+        texts, padding="max_length", max_length=77, return_tensors="pt"
+    )
+    with torch.no_grad():
+        assert relative_error(model.embed(texts), bert(**tokens).last_hidden_state) < 1e-5
+    with pytest.warns(UserWarning, match="over 75 tokens; dropped: dog ,"):
+        model.embed(["dog " * 76 + ","])
+
+
+LIES = {
+    "a token too few": WORDS[:-1],
+    "a token too many": [*WORDS, "x"],
+    "no special tokens": [f"word{i}" for i in range(len(WORDS))],
+    "numbers": list(range(len(WORDS))),
+    "lists": [[word] for word in WORDS],
+    "text": "word",
+    "a number": 12,
+}
+
+
+@pytest.mark.parametrize("lie", LIES.values(), ids=LIES)
+def test_own_file_with_a_vocabulary_that_lies(lie, tmp_path):
+    path, weights = tmp_path / "own.safetensors", sd.StableDiffusion(SMALL).state_dict()
+    sd.write_safetensors(path, weights, {sd.OWN_MARK: json.dumps(asdict(SMALL))})
+    assert sd.StableDiffusion.load(path).config == SMALL
+    sd.write_safetensors(path, weights, {sd.OWN_MARK: json.dumps(asdict(SMALL) | {"vocabulary": lie})})
+    with pytest.raises(ValueError, match=path.name):
+        sd.StableDiffusion.load(path)
