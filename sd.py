@@ -32,7 +32,7 @@ import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import chain, count, islice
@@ -62,6 +62,7 @@ class Config:
     image_size: int = 512  # width and height of a picture, in pixels, when none are asked for
 
     vocab_size: int = 49408
+    vocabulary: tuple[str, ...] = ()  # BERT's tokens, in the order of their ids; empty for CLIP
     text_length: int = 77  # tokens, start and end included
     text_width: int = 768
     text_layers: int = 12
@@ -123,11 +124,12 @@ class Tokenizer:
         pairs = [tuple(line.split()) for line in merges[: max(0, vocab_size - len(symbols) - 2)]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {token: id for id, token in enumerate([*symbols, *map("".join, pairs), START, END])}
+        self.start, self.end, self.pad = self.ids[START], self.ids[END], self.ids[END]
 
     def __call__(self, text: str) -> list[int]:
-        """`text` as `length` ids: a start, at most `length - 2` tokens, and ends up to the full length."""
+        """`text` as `length` ids: a start, at most `length - 2` tokens, an end, and pads."""
         ids = [id for _, word_ids in self.words(text) for id in word_ids][: self.length - 2]
-        return [self.ids[START], *ids] + [self.ids[END]] * (self.length - 1 - len(ids))
+        return [self.start, *ids, self.end] + [self.pad] * (self.length - 2 - len(ids))
 
     def dropped(self, text: str) -> list[str]:
         """The words of `text` that do not fit, whole or in part, into `length` ids."""
@@ -147,10 +149,10 @@ class Tokenizer:
             part = unicodedata.normalize("NFC", part)
             part = "".join(character.lower() for character in part)  # one by one: no final sigma
             for word in filter(None, chain.from_iterable(WORD.findall(part))):
-                yield word, [self.ids[token] for token in self.merge(word)]
+                yield word, [self.ids[token] for token in self.tokens(word)]
 
-    def merge(self, word: str) -> list[str]:
-        """`word` as tokens: its bytes, joined pair by pair, always the first pair in the merges."""
+    def tokens(self, word: str) -> list[str]:
+        """The bytes of `word`, joined pair by pair, always the first pair in the merges."""
         tokens = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8", errors="replace")]
         tokens[-1] += "</w>"
         while len(tokens) > 1:
@@ -165,6 +167,39 @@ class Tokenizer:
                     merged.append(token)
             tokens = merged
         return tokens
+
+
+BERT_SPECIAL = r"\[(?:PAD|UNK|CLS|SEP|MASK)\]"
+# What is a word by itself: punctuation and Chinese characters, but for the 256 that the library overlooks.
+ALONE = r"\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002b81f\U0002b920-\U0002ceaf"
+
+
+class WordPiece(Tokenizer):
+    """Uncased BERT's (Devlin et al. 2018, arXiv:1810.04805). KeyError if `vocabulary` has no [CLS], say."""
+
+    def __init__(self, vocabulary: Iterable[str], length: int = Config.text_length):
+        self.length = length
+        self.ids = {token: id for id, token in enumerate(vocabulary)}
+        self.pad, self.start, self.end, _ = (self.ids[f"[{name}]"] for name in ("PAD", "CLS", "SEP", "UNK"))
+
+    def words(self, text: str) -> Iterator[tuple[str, list[int]]]:
+        for part in re.split(f"({BERT_SPECIAL})", text):
+            if not re.fullmatch(BERT_SPECIAL, part):
+                part = unicodedata.normalize("NFD", regex.sub(r"(?![\t\n\r\p{Cn}])[\p{C}\ufffd]", "", part))
+                part = "".join(character.lower() for character in regex.sub(r"\p{Mn}", "", part))
+            for word in regex.findall(rf"{BERT_SPECIAL}|[{ALONE}]|[^\s{ALONE}]+", part):
+                yield word, [self.ids[token] for token in self.tokens(word)]
+
+    def tokens(self, word: str) -> list[str]:
+        """`word` in the longest pieces there are, left to right, "##" before all but the first; or [UNK]."""
+        pieces, begin, end = [], 0, len(word)
+        while begin < end <= 100:
+            if (piece := "##" * (begin > 0) + word[begin:end]) in self.ids:
+                pieces.append(piece)
+                begin, end = end, len(word)
+            else:
+                end -= 1
+        return pieces if begin == len(word) else ["[UNK]"]
 
 
 # ------------------------------------------------------------------------------------------ 3 building blocks
@@ -188,14 +223,15 @@ class Attention(nn.Module):
             self.kv = nn.Linear(context_width, 2 * width, bias)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False) -> Tensor:
-        """(B, T, D) and, to be asked, (B, S, context_width) -> (B, T, D); `causal` hides later tokens."""
+    def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False, seen=None) -> Tensor:
+        """(B, T, D) and, to be asked, (B, S, context_width) -> (B, T, D); `causal` hides later tokens, a
+        bool `seen` (B, 1, 1, T) those where it is False."""
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
             q, (k, v) = self.q(x), self.kv(context).chunk(2, dim=-1)  # (B, T, D), (B, S, D) each
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, -1)
-        x = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        x = F.scaled_dot_product_attention(q, k, v, seen, is_causal=causal)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
 
 
@@ -240,11 +276,11 @@ class Upsample(nn.Module):
 class TextBlock(nn.Module):
     """A transformer layer that norms before it works; a token sees only itself and those before it."""
 
-    def __init__(self, width: int, heads: int):
+    def __init__(self, width: int, heads: int, eps: float = 1e-5):
         super().__init__()
-        self.norm1 = nn.LayerNorm(width)
+        self.norm1 = nn.LayerNorm(width, eps)
         self.attention = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width, eps)
         self.fc1 = nn.Linear(width, 4 * width)
         self.fc2 = nn.Linear(4 * width, width)
 
@@ -255,21 +291,44 @@ class TextBlock(nn.Module):
         return x + self.fc2(hidden * torch.sigmoid(1.702 * hidden))  # a quick GELU (arXiv:1606.08415, sec. 2)
 
 
+class BERTBlock(TextBlock):
+    """A transformer layer that norms after it works; a token sees all that are `seen`."""
+
+    def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+        """(B, T, D), (B, 1, 1, T) -> (B, T, D)"""
+        x = self.norm1(x + self.attention(x, seen=seen))
+        return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
+
+
 class CLIPTextEncoder(nn.Module):
     """Turns token ids into the context that the denoiser looks at."""
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config, block: type[TextBlock] = TextBlock, eps: float = 1e-5):
         super().__init__()
-        self.token_embedding = nn.Embedding(config.vocab_size, config.text_width)
+        self.token_embedding = nn.Embedding(len(config.vocabulary) or config.vocab_size, config.text_width)
         self.position_embedding = nn.Embedding(config.text_length, config.text_width)
-        blocks = (TextBlock(config.text_width, config.text_heads) for _ in range(config.text_layers))
+        blocks = (block(config.text_width, config.text_heads, eps) for _ in range(config.text_layers))
         self.layers = nn.Sequential(*blocks)
-        self.norm = nn.LayerNorm(config.text_width)
+        self.norm = nn.LayerNorm(config.text_width, eps)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64, T at most text_length -> (B, T, text_width), the last layer's output, normed"""
         x = self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]]  # (B, T, D)
         return self.norm(self.layers(x))
+
+
+class BERTTextEncoder(CLIPTextEncoder):
+    """BERT (Devlin et al. 2018, arXiv:1810.04805) in CLIP's place; padding, id 0, is not seen."""
+
+    def __init__(self, config: Config):
+        super().__init__(config, BERTBlock, eps=1e-12)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) int64, T at most text_length -> (B, T, text_width), the last layer's output"""
+        x = self.norm(self.token_embedding(ids) + self.position_embedding.weight[: ids.shape[1]])  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, seen=(ids != 0)[:, None, None])
+        return x
 
 
 # ---------------------------------------------------------------------------------------------- 5 autoencoder
@@ -801,14 +860,18 @@ def level_by_level(place: re.Match) -> str:
 
 # Our names, and the dialects' for the same; one that another begins with comes after that.
 NAMES = {
-    "norm1": "layer_norm1 in_layers.0", "norm2": "layer_norm2 out_layers.0",
-    "norm": "final_layer_norm group_norm", "norm_out": "conv_norm_out out.0", "conv_out": "out.2",
+    "norm1": "layer_norm1 in_layers.0 attention.output.LayerNorm",
+    "norm2": "layer_norm2 out_layers.0 output.LayerNorm",
+    "norm": "final_layer_norm group_norm LayerNorm", "norm_out": "conv_norm_out out.0", "conv_out": "out.2",
     "conv1": "in_layers.2", "conv2": "out_layers.3", "shortcut": "skip_connection nin_shortcut conv_shortcut",
     "time": "emb_layers.1 time_emb_proj", "time_mlp": "time_embed",
     "time_mlp.0": "time_embedding.linear_1", "time_mlp.2": "time_embedding.linear_2",
-    "attention": "self_attn", "self_attention": "attn1", "cross_attention": "attn2",
+    "attention": "self_attn attention.self", "attention.out": "attention.output.dense",
+    "self_attention": "attn1", "cross_attention": "attn2",
     "q": "q_proj to_q query", "k": "k_proj to_k key", "v": "v_proj to_v value",
-    "out": "out_proj to_out.0 proj_attn", "fc1": "mlp.fc1 ff.net.0.proj", "fc2": "mlp.fc2 ff.net.2",
+    "out": "out_proj to_out.0 proj_attn", "fc1": "mlp.fc1 ff.net.0.proj intermediate.dense",
+    "fc2": "mlp.fc2 ff.net.2 output.dense", "layers": "layer", "weight": "gamma", "bias": "beta",
+    "token_embedding": "word_embeddings", "position_embedding": "position_embeddings",
     "quant": "quant_conv", "post_quant": "post_quant_conv",
     "unet.middle.0.residual": "unet.middle_block.0 unet.mid_block.resnets.0",
     "unet.middle.0.transformer": "unet.middle_block.1 unet.mid_block.attentions.0",
@@ -825,13 +888,13 @@ RULES = [
     (r"^model\.diffusion_model\.", "unet."),
     (r"^first_stage_model\.", "vae."),
     (r"^cond_stage_model\.transformer\.", "text_encoder."),
-    (r"^text_encoder\.(text_model\.)?((embeddings|encoder)\.)?", "text_encoder."),
+    (r"^text_encoder\.(text_model\.|bert\.)?((embeddings|encoder)\.)?", "text_encoder."),
     (r"\.transformer_blocks\.0\.", "."),
     (r"^unet\.input_blocks\.0\.0\.", "unet.conv_in."),
     (r"^unet\.(in|out)put_blocks\.(\d+)\.(\d)\.(op\.|conv\.)?", level_by_level),
     # CompVis counts the decoder's levels from the picture's size down
     (r"^vae\.decoder\.up\.(\d+)\.", lambda up: f"vae.decoder.up.{len(Config.vae_widths) - 1 - int(up[1])}."),
-    (rf"(?<![^.])({'|'.join(map(re.escape, WORDS))})(?=\.)", lambda word: WORDS[word[1]]),
+    (rf"(?<![^.])({'|'.join(map(re.escape, WORDS))})(?=\.|$)", lambda word: WORDS[word[1]]),
     (r"^(unet\..+\.blocks\.\d+)\.", r"\1.residual."),
     (r"^(unet\..+)\.attentions\.(\d+)\.", r"\1.blocks.\2.transformer."),
     (r"^(vae\.encoder\..+\.resample)\.", r"\1.1."),
@@ -859,6 +922,11 @@ def rename(name: str) -> str:
     for pattern, replacement in RULES:
         name = re.sub(pattern, replacement, name)
     return name
+
+
+def listed(tensors: dict) -> str:
+    """A line for each of them: its name and its shape."""
+    return "\n".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items())
 
 
 def infer_config(shapes: str) -> Config:
@@ -900,7 +968,7 @@ def read_model(path: Path) -> tuple[Config, dict]:
         if OWN_MARK in metadata:
             return Config.from_json(metadata[OWN_MARK]), tensors
     tensors = {rename(name): value for name, value in tensors.items()}
-    shapes = "\n".join(f"{name} {list(getattr(value, 'shape', ()))}" for name, value in tensors.items())
+    shapes = listed(tensors)
     for family, pattern in FAMILIES:
         if re.search(pattern, shapes, re.MULTILINE | re.DOTALL):
             raise ValueError(f"this is {family}; use a whole Stable Diffusion v1 checkpoint")
@@ -932,7 +1000,7 @@ def fit(tensors: dict, model: nn.Module, device: torch.device | str, dtype: torc
             parts = [part.reshape(shape).to(device, dtype) for part in parts]
             state[name] = torch.cat(parts) if joined else parts[0]
     if wrong:
-        raise ValueError(f"{first_few(wrong)}; use a complete Stable Diffusion v1 checkpoint")
+        raise ValueError(f"{first_few(wrong)}; use a complete checkpoint")
     exact = torch.promote_types(dtype, torch.float32)
     # A sum shows NaN and infinity in one pass and without memory.
     wrong = [name for name, tensor in state.items() if not tensor.sum(dtype=exact).isfinite()]
@@ -948,6 +1016,30 @@ class WithoutNumbers(TorchFunctionMode):
         if getattr(function, "__module__", None) == "torch.nn.init":
             return args[0] if args else kwargs["tensor"]
         return function(*args, **(kwargs or {}))
+
+
+def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The fields of Config that a folder like bert-base-uncased's tells, and its weights as they stand in a
+    StableDiffusion's state dict, in float32. Raises OSError or ValueError, in one line."""
+    try:
+        vocabulary = WordPiece((path := folder / "vocab.txt").read_text("utf-8").rstrip("\n").split("\n")).ids
+        heads = json.loads((path := folder / "config.json").read_text())["num_attention_heads"]
+        files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+        tensors, _ = read_file(path := next(filter(Path.is_file, files), files[0]))
+        tensors = {rename(f"text_encoder.{name}"): value for name, value in tensors.items()}
+        place, types = "text_encoder.position_embedding.weight", "text_encoder.token_type_embeddings.weight"
+        tensors[place] = tensors[place][: Config.text_length] + tensors[types][0]  # a prompt is of one type
+        config = replace(infer_config(listed(tensors)), vocabulary=tuple(vocabulary), text_heads=heads)
+        if config.vocab_size != len(vocabulary):
+            raise ValueError(f"it has {config.vocab_size} tokens and vocab.txt {len(vocabulary)}")
+        with torch.device("meta"), WithoutNumbers():
+            encoder = nn.ModuleDict({"text_encoder": BERTTextEncoder(config)})
+        fields = {name: value for name, value in asdict(config).items() if name.startswith(("text", "vocab"))}
+        return fields, fit(tensors, encoder, "cpu", torch.float32)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; name a folder like bert-base-uncased's") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a BERT's: {one_line(error)}; try bert-base-uncased's") from error
 
 
 # ------------------------------------------------------------------------------------------------- 9 pipeline
@@ -1013,8 +1105,9 @@ class StableDiffusion(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.tokenizer = Tokenizer(config.vocab_size, config.text_length)
-        self.text_encoder = CLIPTextEncoder(config)
+        tokenizer, model = (WordPiece, BERTTextEncoder) if config.vocabulary else (Tokenizer, CLIPTextEncoder)
+        self.tokenizer = tokenizer(config.vocabulary or config.vocab_size, config.text_length)
+        self.text_encoder = model(config)
         self.vae = VAE(config)
         self.unet = UNet(config)
         self.offload_device: torch.device | None = None
@@ -1363,8 +1456,31 @@ def new_model(config: Config, seed: int) -> StableDiffusion:
     torch.manual_seed(seed)
     model = StableDiffusion(config)
     for name, parameter in model.unet.named_parameters():
-        if re.search(r"(conv2|proj_out|conv_out)\.weight$", name):
+        if re.search(r"\b(conv2|proj_out|conv_out)\.", name):
             nn.init.zeros_(parameter)
+    return model
+
+
+def first_model(args: argparse.Namespace) -> StableDiffusion:
+    """The model that training starts from: --init's, or a new one of --config; and with --text-encoder bert,
+    BERT in place of its text encoder."""
+    if args.init:
+        model = StableDiffusion.load(args.init)
+    else:
+        text = Path(args.config).read_text(encoding="utf-8") if args.config.endswith(".json") else args.config
+        try:
+            model = new_model(Config.from_json(text), args.seed)
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f"config {args.config}: {one_line(error)}") from error
+    if args.text_encoder == "clip" or model.config.vocabulary:
+        return model
+    fields, weights = read_bert(args.bert)
+    if fields["text_width"] != model.config.text_width:
+        raise ValueError(f"{args.bert}: its width is {fields['text_width']}; make that text_width in --config")
+    weights |= {name: value for name, value in model.state_dict().items() if name not in weights}
+    with torch.device("meta"), WithoutNumbers():
+        model = StableDiffusion(replace(model.config, **fields))
+    model.load_state_dict(weights, strict=False, assign=True)  # but for CLIP's
     return model
 
 
@@ -1471,11 +1587,7 @@ def train(args: argparse.Namespace) -> int:
     device = pick_device(args.device)
     if args.out.exists() and not args.resume:
         raise ValueError(f"{args.out} is there already; go on with it by --resume, or name another --out")
-    if args.init:
-        model = StableDiffusion.load(args.init, device)
-    else:
-        text = Path(args.config).read_text(encoding="utf-8") if args.config.endswith(".json") else args.config
-        model = new_model(Config.from_json(text), args.seed).to(device)
+    model = first_model(args).to(device)
     args.resolution = args.resolution or model.config.image_size
     if args.resolution % (unit := model.config.downscale):
         raise ValueError(f"resolution is {args.resolution}, which is not a multiple of {unit}")
@@ -1591,6 +1703,9 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     option("--ema", metavar="E", default=0.999, type=float, help="decay of the average; 0: none (0.999)")
     option("--drop-text", metavar="P", default=0.1, type=float, help="share without text (0.1)")
     option("--min-snr", metavar="G", default=math.inf, type=float, help="gamma of the weights, as 5 (none)")
+    option("--text-encoder", default="clip", choices=["clip", "bert"], help="clip or bert (clip)")
+    option("--bert", metavar="PATH", default=HERE / "weights" / "bert-base-uncased", type=Path,
+           help="folder of vocab.txt, config.json, weights (bert-base-uncased)")  # fmt: skip
     option("--train-text-encoder", action="store_true", help="with the UNet")
     option("--save-every", metavar="N", default=1000, type=int, help="steps (1000)")
     option("--sample-every", metavar="N", default=0, type=int, help="steps from sheet to sheet (0: none)")
@@ -1687,9 +1802,10 @@ def run(args: argparse.Namespace) -> int:
     width, height = model.check(seed=seed, n=args.n, **settings)
     if args.compile:
         model.unet.compile()
-    about = f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {seed}"
+    about = f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, "
+    about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {seed}"
     if rank == 0:
-        print(f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, {about}", file=sys.stderr)
+        print(about, file=sys.stderr)
     for i in range(rank, args.n, processes):  # one by one, so that each is saved when it is done
         [picture] = model.generate(args.prompt, args.negative, seed=seed + i, **settings)
         print(save_picture(picture, names[i], webui_parameters(args, seed + i, width, height)))

@@ -111,6 +111,9 @@ def theirs(pipeline, task: str, *inputs: Tensor) -> tuple[Tensor, ...]:
 BLOCKS = {  # how it is made, the shapes of its inputs, the shape of its output
     "Attention, self": (lambda: sd.Attention(24, 3), [(2, 5, 24)], (2, 5, 24)),
     "Attention, causal": (lambda: partial(sd.Attention(24, 3), causal=True), [(2, 5, 24)], (2, 5, 24)),
+    "Attention, seen": (
+        lambda: partial(sd.Attention(24, 3), seen=torch.ones(2, 1, 1, 5).bool()), [(2, 5, 24)], (2, 5, 24)
+    ),
     "Attention, cross": (lambda: sd.Attention(24, 3, 10, bias=False), [(2, 5, 24), (2, 7, 10)], (2, 5, 24)),
     "ResidualBlock": (lambda: sd.ResidualBlock(8, 8, 4, 1e-6), [(2, 8, 9, 13)], (2, 8, 9, 13)),
     "ResidualBlock, wider": (lambda: sd.ResidualBlock(8, 12, 4, 1e-6), [(2, 8, 9, 13)], (2, 12, 9, 13)),

@@ -91,13 +91,13 @@ POOLS = {
 }
 
 
-def random_texts(count: int, seed: int) -> list[str]:
+def random_texts(count: int, seed: int, pools: dict[str, list[str]] = POOLS) -> list[str]:
     """Some of one pool, some of several, some with long runs of one character."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):
-        pools = rng.sample(list(POOLS.values()), rng.choice([1, 1, 2, 3]))
-        pieces = [rng.choice(rng.choice(pools)) for _ in range(rng.randrange(40))]
+        chosen = rng.sample(list(pools.values()), rng.choice([1, 1, 2, 3]))
+        pieces = [rng.choice(rng.choice(chosen)) for _ in range(rng.randrange(40))]
         if pieces and rng.random() < 0.1:
             pieces[rng.randrange(len(pieces))] *= rng.randrange(200)
         texts.append(known(rng.choice(["", "", " "]).join(pieces)))
