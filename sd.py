@@ -1476,7 +1476,7 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
         return model
     fields, weights = read_bert(args.bert)
     if fields["text_width"] != model.config.text_width:
-        raise ValueError(f"{args.bert}: its width is {fields['text_width']}; make that text_width in --config")
+        raise ValueError(f"{args.bert}: its width is {fields['text_width']}; put that text_width in --config")
     weights |= {name: value for name, value in model.state_dict().items() if name not in weights}
     with torch.device("meta"), WithoutNumbers():
         model = StableDiffusion(replace(model.config, **fields))

@@ -30,7 +30,8 @@ def test_python_blocks_run(small, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", re.findall(r"^    python (sd\.py .*)$", README, re.MULTILINE))
 def test_commands_parse(command):
-    sd.parse(shlex.split(command)[1:])
+    _, *arguments = shlex.split(command)
+    sd.parse_train(arguments[1:]) if arguments[0] == "train" else sd.parse(arguments)
 
 
 def test_options_are_all_there(run_sd):
