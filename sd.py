@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
@@ -1533,7 +1534,7 @@ class Trainer:
                 group["lr"] = self.rate(step)
             self.optimizer.step()
             kept = min(args.ema, (1 + step) / (10 + step))  # at first there is little to average over
-            torch._foreach_lerp_(self.average, [weight.detach() for weight in self.weights], 1 - kept)
+            get_ema_multi_avg_fn(kept)(self.average, self.weights, None)
         elif any(map(math.isfinite, self.losses[-BAD_STEPS:])) or step + 1 < BAD_STEPS:
             warnings.warn(f"step {step + 1} left out: its loss or gradient is not finite", stacklevel=2)
         else:
