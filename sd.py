@@ -5,9 +5,11 @@
 The prompt is cut into tokens (2), which a transformer turns into a context (4). A denoiser (6) looks at the
 context and at a latent, a picture eight times smaller that starts as noise, and says what of it is noise;
 a sampler (7) takes some of that away, again and again. A decoder (5) turns the clean latent into a picture.
+Training (10) makes the denoiser's and the autoencoder's weights, from pictures with captions.
 
-    1 configuration   2 tokenizer   3 building blocks   4 text encoder    5 autoencoder
-    6 denoiser        7 diffusion   8 checkpoints       9 pipeline       11 command line
+    1 configuration     2 tokenizer     3 building blocks    4 text encoder
+    5 autoencoder       6 denoiser      7 diffusion          8 checkpoints
+    9 pipeline         10 training     11 command line
 
 Shapes stand at the end of a line: B batch, T tokens, D width, C channels, H W pixels, h w the latent's.
 
@@ -1649,7 +1651,7 @@ class Parser(argparse.ArgumentParser):
     """Says in one line what is wrong, and ends with status 2."""
 
     def __init__(self, usage: str):
-        help_format = lambda prog: argparse.HelpFormatter(prog, max_help_position=18, width=80)
+        help_format = lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=80)
         super().__init__(usage=usage, allow_abbrev=False, formatter_class=help_format)
 
     def error(self, message: str):
@@ -1689,7 +1691,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     option = parser.add_argument
     option("data", metavar="DATA", type=Path, help="folder of pictures with captions")
     option("--out", metavar="FILE", required=True, type=Path, help="the model; what resuming needs beside it")
-    option("--part", default="unet", choices=OBJECTIVES, help="vae or unet (unet)")
+    option("--part", metavar="P", default="unet", choices=OBJECTIVES, help="to train: vae or unet (unet)")
     option("--init", metavar="PATH", type=Path, help="checkpoint to start from (random weights)")
     option("--config", metavar="JSON", default="{}", help="else fields of Config, or a file of them (SD v1)")
     option("--steps", metavar="N", default=10000, type=int, help="of the optimizer (10000)")
@@ -1699,19 +1701,19 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     option("--flip", action="store_true", help="mirrored pictures, too")
     option("--lr", metavar="LR", default=1e-4, type=float, help="highest learning rate (1e-4)")
     option("--warmup", metavar="N", default=100, type=int, help="steps up to it; then down, a cosine (100)")
-    option("--weight-decay", metavar="W", default=0.01, type=float, help="(0.01)")
+    option("--weight-decay", metavar="W", default=0.01, type=float, help="of matrices only (0.01)")
     option("--clip", metavar="C", default=1.0, type=float, help="greatest norm of the gradient (1.0)")
     option("--ema", metavar="E", default=0.999, type=float, help="decay of the average; 0: none (0.999)")
-    option("--drop-text", metavar="P", default=0.1, type=float, help="share without text (0.1)")
-    option("--min-snr", metavar="G", default=math.inf, type=float, help="gamma of the weights, as 5 (none)")
-    option("--text-encoder", default="clip", choices=["clip", "bert"], help="clip or bert (clip)")
+    option("--drop-text", metavar="P", default=0.1, type=float, help="share without text, for guidance (0.1)")
+    option("--min-snr", metavar="G", default=math.inf, type=float, help="gamma of min-SNR weights (none)")
+    option("--text-encoder", metavar="T", default="clip", choices=["clip", "bert"], help="or bert (clip)")
     option("--bert", metavar="PATH", default=HERE / "weights" / "bert-base-uncased", type=Path,
-           help="folder of vocab.txt, config.json, weights (bert-base-uncased)")  # fmt: skip
+           help="its folder (weights/bert-base-uncased)")  # fmt: skip
     option("--train-text-encoder", action="store_true", help="with the UNet")
     option("--save-every", metavar="N", default=1000, type=int, help="steps (1000)")
     option("--sample-every", metavar="N", default=0, type=int, help="steps from sheet to sheet (0: none)")
     option("--prompts", metavar="FILE", type=Path, help="for the sheets, a prompt a line (captions)")
-    option("--seed", metavar="N", default=0, type=int, help="(0)")
+    option("--seed", metavar="N", default=0, type=int, help="of all that is random (0)")
     option("--device", metavar="D", help="cpu, cuda, ... (the fastest there is)")
     option("--dtype", metavar="D", default="fp32", choices=["fp32", "bf16"], help="to compute in (fp32)")
     option("--compile", action="store_true", help="slow start, faster steps")
