@@ -568,6 +568,8 @@ def test_only_the_part_that_is_trained_gets_gradients(data):
         for name, weight in objective.model.named_parameters():
             parts[name.split(".")[0]] += 0 if weight.grad is None else weight.grad.abs().sum().item()
         assert {part for part, total in parts.items() if total > 0} == trained
+        wanted = {name.split(".")[0] for name, w in objective.model.named_parameters() if w.requires_grad}
+        assert wanted == trained
 
 
 def test_latent_scale_brings_the_latents_to_unit_deviation(vae, data):
