@@ -568,6 +568,8 @@ def test_only_the_part_that_is_trained_gets_gradients(data):
         for name, weight in objective.model.named_parameters():
             parts[name.split(".")[0]] += 0 if weight.grad is None else weight.grad.abs().sum().item()
         assert {part for part, total in parts.items() if total > 0} == trained
+        wanted = {name.split(".")[0] for name, w in objective.model.named_parameters() if w.requires_grad}
+        assert wanted == trained
 
 
 def test_latent_scale_brings_the_latents_to_unit_deviation(vae, data):
@@ -585,6 +587,20 @@ def test_latent_scale_brings_the_latents_to_unit_deviation(vae, data):
         latents = model.encode(torch.cat(squares), torch.randn(200, 4, 8, 8, generator=seeded(8)))
     assert latents.std().item() == pytest.approx(1, abs=0.04)
     assert abs(model.config.latent_scale - 0.18215) > 0.05
+
+
+@pytest.mark.parametrize("flip", [[], ["--flip"]])
+def test_latent_scale_is_measured_on_samples(data, flip):
+    """Which the noise is a large part of in a VAE that has not learnt; and on the same ones at each save."""
+    objective = sd.Reconstruction(tiny_model(), arguments(data, *flip))
+    objective.finish()
+    first = objective.model.config.latent_scale
+    images, noise = objective.draw(500, seeded(9))
+    with torch.no_grad():
+        sampled, mean = objective.model.encode(images, noise), objective.model.encode(images)
+    assert sampled.std().item() == pytest.approx(1, abs=0.05) and mean.std() < 0.7
+    objective.finish()
+    assert objective.model.config.latent_scale == first
 
 
 # ----------------------------------------------------------------------------------------------- optimisation
@@ -633,7 +649,7 @@ class Recorded:
         return drawn
 
 
-OPTIMISER = {"lr": 0.02, "warmup": 4, "steps": 9, "weight_decay": 0.7, "clip": 0.05, "ema": 0.3}
+OPTIMISER = {"lr": 0.02, "warmup": 4, "steps": 9, "weight_decay": 0.7, "clip": 0.05, "ema": 0.45}
 
 
 @pytest.mark.parametrize("part", ["vae", "unet"])
@@ -1041,6 +1057,22 @@ def test_a_step_that_is_not_finite_changes_nothing(trainer, loss, bad):
     changed = [not one.equal(other) for one, other in zip(before, snapshot(trainer))]
     assert all(changed[: 2 * len(trainer.weights)])
     assert all(weight.isfinite().all() for weight in trainer.weights) and trainer.losses[2] == 1.0
+
+
+def test_the_average_is_short_at_first(data):
+    """It keeps (1 + step) / (10 + step) of what it was until that is more than --ema."""
+    objective = noise_prediction(data, "--ema", 0.5, "--lr", 0.01, "--warmup", 0)
+    trainer = sd.Trainer(objective, objective.args)
+    assert all(average.equal(weight) for average, weight in zip(trainer.average, trainer.weights))
+    for step in range(20):
+        before = [average.clone() for average in trainer.average]
+        give_gradients(trainer, step)
+        trainer.update(1.0)
+        kept = min(0.5, (1 + step) / (10 + step))
+        for average, old, weight in zip(trainer.average, before, trainer.weights, strict=True):
+            torch.testing.assert_close(
+                average, kept * old + (1 - kept) * weight.detach(), rtol=1e-5, atol=1e-6
+            )
 
 
 def test_ten_steps_in_a_row_that_are_not_finite_are_enough(trainer):
