@@ -124,7 +124,9 @@ class Tokenizer:
         symbols = list(BYTE_SYMBOLS.values())
         symbols += [symbol + "</w>" for symbol in symbols]  # a word's last one
         merges = (HERE / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8").splitlines()
-        pairs = [tuple(line.split()) for line in merges[: max(0, vocab_size - len(symbols) - 2)]]
+        if vocab_size < len(symbols) + 2:
+            raise ValueError(f"vocab_size is {vocab_size} and must be {len(symbols) + 2} or more")
+        pairs = [tuple(line.split()) for line in merges[: vocab_size - len(symbols) - 2]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {token: id for id, token in enumerate([*symbols, *map("".join, pairs), START, END])}
         self.start, self.end, self.pad = self.ids[START], self.ids[END], self.ids[END]
@@ -1301,29 +1303,45 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
     captions_*.json, or a NAME.txt beside each NAME.png. Raises OSError or ValueError where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
-    files = {path.name: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES}
-    captions, source = {}, folder / "metadata.jsonl"
+    pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    pairs, source = [], folder / "metadata.jsonl"
     try:
         if source.is_file():
-            for line in filter(str.strip, source.read_text(encoding="utf-8").splitlines()):
-                entry = json.loads(line)
-                captions.setdefault(folder / entry["file_name"], []).append(entry["text"])
+            lines = filter(str.strip, source.read_text(encoding="utf-8").splitlines())
+            pairs = [(folder / entry["file_name"], entry["text"]) for entry in map(json.loads, lines)]
         elif sources := sorted(folder.rglob("captions_*.json")):
+            places = {path.name: path for path in pictures}
             for source in sources:
                 content = json.loads(source.read_text(encoding="utf-8"))
-                names = {image["id"]: image["file_name"] for image in content["images"]}
+                names = {f"image {image['id']}": image["file_name"] for image in content["images"]}
                 for entry in content["annotations"]:
-                    name = names[entry["image_id"]]
-                    captions.setdefault(files.get(name, folder / name), []).append(entry["caption"])
+                    name = names[f"image {entry['image_id']}"]
+                    pairs.append((places.get(name, folder / name), entry["caption"]))
         else:
-            for path in files.values():
+            for path in pictures:
                 if (source := path.with_suffix(".txt")).is_file():
-                    captions[path] = [source.read_text(encoding="utf-8").strip()]
+                    pairs.append((path, source.read_text(encoding="utf-8").strip()))
+        captions = {path: [] for path, _ in pairs}
+        for path, text in pairs:
+            if not isinstance(text, str):
+                raise TypeError(f"{path.name} is called {text}, which is no text")
+            captions[path].append(text)
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise ValueError(f"{source}: not captions that can be used: {one_line(error)}") from error
     if not captions:
         raise ValueError(f"{folder}: no pictures with captions; README.md says how they are laid out")
     return captions
+
+
+def read_prompts(file: Path) -> list[str]:
+    """The prompts in a file, one a line. Raises OSError or ValueError where there are none."""
+    try:
+        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: not UTF-8; save it as that") from error
+    if not prompts:
+        raise ValueError(f"{file}: no prompt in it; write one a line")
+    return prompts
 
 
 def read_pictures(paths: Collection[Path], side: int) -> Iterator[tuple[Path, Tensor]]:
@@ -1384,10 +1402,13 @@ class Reconstruction(nn.Module):
     @torch.no_grad()
     def finish(self) -> None:
         """Measures on the data set what brings the latents to unit variance, for the Config."""
-        images, noise = (tensor.split(1) for tensor in self.draw(64, torch.Generator().manual_seed(0)))
-        latents = [self.model.encode(image, one.to(self.model.device)) for image, one in zip(images, noise)]
-        scale = self.model.config.latent_scale / torch.cat(latents).std().item()
-        self.model.config = replace(self.model.config, latent_scale=scale)
+        batch = self.draw(64, torch.Generator().manual_seed(0))
+        images, noise = (tensor.to(self.model.device) for tensor in batch)
+        latents = []
+        for image, one in zip(images.split(1), noise.split(1)):  # one by one, as memory peaks here
+            mean, logvar = self.model.vae.encode(image)
+            latents.append(mean + (0.5 * logvar).exp() * one)
+        self.model.config = replace(self.model.config, latent_scale=1 / torch.cat(latents).std().item())
 
     @torch.no_grad()
     def samples(self) -> list[Image.Image]:
@@ -1421,7 +1442,7 @@ class NoisePrediction(nn.Module):
         self.moments, self.no_text = torch.cat(moments), torch.tensor(model.tokenizer(""))
         self.prompts = [text for texts in captions.values() for text in texts][:16]
         if args.prompts:
-            self.prompts = args.prompts.read_text(encoding="utf-8").splitlines()
+            self.prompts = read_prompts(args.prompts)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents, scaled, and noise (B, C, h, w) each, timesteps (B,), ids (B, T)"""
@@ -1499,7 +1520,7 @@ def sheet(pictures: list[Image.Image], columns: int = 8) -> Image.Image:
 def draw_curve(losses: Tensor, width: int = 800, height: int = 400) -> Image.Image:
     """The losses (N,) over the steps, on a logarithmic axis; a column is the median of its steps."""
     columns = [column.nanmedian() for column in losses.tensor_split(min(len(losses), width))]
-    curve = torch.stack(columns).log10().nan_to_num(0.0)
+    curve = torch.stack(columns).log10().nan_to_num(0.0, 0.0, 0.0)
     low, high = curve.min().item(), curve.max().item()
     heights = (high - curve) / max(high - low, 1e-9) * (height - 1)
     picture = Image.new("RGB", (width, height), "white")
@@ -1576,11 +1597,16 @@ class Trainer:
         """Takes up where `save` was called last."""
         if not self.files[".state"].is_file():
             raise FileNotFoundError(f"{self.files['.state']}: nothing to resume from; leave out --resume")
-        state = torch.load(self.files[".state"], self.weights[0].device, weights_only=True, mmap=True)
-        for weight, saved in zip([*self.weights, *self.average], [*state["weights"], *state["average"]]):
-            weight.data.copy_(saved)
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses = state["losses"]
+        try:
+            state = torch.load(self.files[".state"], self.weights[0].device, weights_only=True)
+            for weights, kind in ((self.weights, "weights"), (self.average, "average")):
+                for weight, saved in zip(weights, state[kind], strict=True):
+                    weight.data.copy_(saved)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.losses = state["losses"]
+        except Exception as error:  # a damaged state, like a damaged pickle, can fail in every way
+            message = f"{self.files['.state']}: not the state of such a training: {one_line(error)}"
+            raise ValueError(message) from error
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1719,12 +1745,18 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     option("--compile", action="store_true", help="slow start, faster steps")
     option("--resume", action="store_true", help="go on where the same command stopped")
     args = parser.parse_args(arguments)
-    for name in ("steps", "batch_size", "accumulate", "save_every", "lr", "clip", "min_snr"):
-        if not getattr(args, name) > 0:
-            parser.error(f"{name.replace('_', '-')} is {getattr(args, name)} and must be over 0")
-    for name in ("ema", "drop_text"):
-        if not 0 <= getattr(args, name) < 1:
-            parser.error(f"{name.replace('_', '-')} is {getattr(args, name)} and must be from 0 to below 1")
+    rules = [
+        ("over 0", lambda value: value > 0, "steps batch_size accumulate save_every resolution clip min_snr"),
+        ("over 0 and finite", lambda value: 0 < value < math.inf, "lr"),
+        ("0 or more, and finite", lambda value: 0 <= value < math.inf, "sample_every warmup weight_decay"),
+        ("from 0 to below 1", lambda value: 0 <= value < 1, "ema drop_text"),
+        ("from 0 to 2**31 - 1", lambda value: 0 <= value < 2**31, "seed"),
+    ]
+    for wanted, holds, names in rules:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not holds(value):
+                parser.error(f"{name.replace('_', '-')} is {value} and must be {wanted}")
     if args.out.suffix != ".safetensors" or not os.access(args.out.parent, os.W_OK):
         parser.error(f"out is {args.out} and must be a .safetensors in a folder that can be written to")
     return args

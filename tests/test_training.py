@@ -41,7 +41,7 @@ CAPTIONS = {
     "red.png": ["a red thing", "something red", "red"], "green.png": ["a green thing"],
     "blue.png": ["a blue thing"], "grey.png": ["a grey thing"],
 }  # fmt: skip
-PROMPTS = ["a red thing", "a blue thing", ""]
+PROMPTS = ["a red thing", "a blue thing", "a thing"]
 # A training that shows everything in little time; after a stop at step 60 there are two more saves to come.
 SETTINGS = ["--steps", 100, "--save-every", 20, "--sample-every", 50, "--lr", 1e-2, "--warmup", 10,
             "--ema", 0.9, "--batch-size", 8]  # fmt: skip
@@ -231,7 +231,7 @@ def vae(vae_options, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def unet_options(data, vae) -> list:
     prompts = data.parent / "prompts.txt"
-    prompts.write_text("".join(prompt + "\n" for prompt in PROMPTS))
+    prompts.write_text("".join(prompt + "\n\n" for prompt in PROMPTS))  # lines without a prompt do not count
     return [data, "--part", "unet", "--init", vae, *SETTINGS, "--prompts", prompts]
 
 

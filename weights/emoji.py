@@ -2,8 +2,9 @@
 
     python weights/emoji.py FOLDER
 
-FOLDER/train and FOLDER/heldout, a tenth of the pairs, each hold PNGs and their metadata.jsonl. The font and the
-list of names are those of Debian's packages fonts-noto-color-emoji and unicode-data; `make emoji` fetches them.
+FOLDER/train and FOLDER/heldout, a tenth of the pairs, each hold PNGs and their metadata.jsonl. The font and
+the list of names are those of Debian's packages fonts-noto-color-emoji and unicode-data; `make emoji` fetches
+them where they are missing.
 """
 
 import json
@@ -28,8 +29,8 @@ BETTER_NAMES = {"pizza": "slice of pizza"}
 
 def installed(file: str) -> Path:
     """Where a Debian package's file is: in the system, or unpacked beside this script."""
-    return next((path for path in (Path("/", file), Path(__file__).parent / "debian" / file) if path.exists()),
-                Path("/", file))  # fmt: skip
+    path = Path("/", file)
+    return path if path.exists() else Path(__file__).parent / "debian" / file
 
 
 def emoji_names() -> dict[str, str]:
@@ -40,10 +41,15 @@ def emoji_names() -> dict[str, str]:
     return {emoji: BETTER_NAMES.get(name, name) for emoji, name in names.items()}
 
 
+def article(name: str) -> str:
+    """A or an, by how the name is spoken."""
+    return "an" if re.match(r"(?!uni|one\b|ewe|euro)[aeiou]|hour|x-ray", name, re.IGNORECASE) else "a"
+
+
 def caption(name: str, colour: str) -> str:
     """What a picture is called; on white, nothing is said of the background."""
-    article = "an" if name[0].lower() in "aeiou" else "a"
-    return f"{article} {name}" + (f" on a{'n' * (colour[0] in 'aeiou')} {colour} background" if colour != "white" else "")
+    ground = "" if colour == "white" else f" on {article(colour)} {colour} background"
+    return f"{article(name)} {name}{ground}"
 
 
 def draw(emoji: str, colour: str, font: ImageFont.FreeTypeFont) -> Image.Image:
