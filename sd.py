@@ -1086,8 +1086,8 @@ def pick_device(name: str | None) -> torch.device:
     """The device named, or the fastest there is; ValueError where it is not there."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # each backend has its own
@@ -1765,7 +1765,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
 def free_names(path: Path) -> Iterator[Path]:
     """Those of out.png, out-1.png, ... that are not there."""
     names = chain([path], (path.with_stem(f"{path.stem}-{i}") for i in count(1)))
-    return (name for name in names if not name.exists())
+    return (name for name in names if not os.path.lexists(name))
 
 
 def claim(path: Path) -> Path:
@@ -1829,10 +1829,11 @@ def run(args: argparse.Namespace) -> int:
     settings |= {name: open_picture(settings[name]) for name in ("image", "mask") if settings[name]}
     seed = random.randrange(2**32) if args.seed is None else args.seed
     rank, processes = join_processes()
-    shared = [seed, list(islice(free_names(args.out), max(args.n, 0)))]
-    if processes > 1:
+    names = max(args.n, 0) * [args.out]
+    if processes > 1:  # all go by the same seed, and each picture has the name that one process would give it
+        shared = [seed, list(islice(free_names(args.out), len(names)))]
         distributed.broadcast_object_list(shared)
-    seed, names = shared
+        seed, names = shared
     model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
     width, height = model.check(seed=seed, n=args.n, **settings)
     if args.compile:
