@@ -124,9 +124,7 @@ class Tokenizer:
         symbols = list(BYTE_SYMBOLS.values())
         symbols += [symbol + "</w>" for symbol in symbols]  # a word's last one
         merges = (HERE / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8").splitlines()
-        if vocab_size < len(symbols) + 2:
-            raise ValueError(f"vocab_size is {vocab_size} and must be {len(symbols) + 2} or more")
-        pairs = [tuple(line.split()) for line in merges[: vocab_size - len(symbols) - 2]]
+        pairs = [tuple(line.split()) for line in merges[: max(0, vocab_size - len(symbols) - 2)]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
         self.ids = {token: id for id, token in enumerate([*symbols, *map("".join, pairs), START, END])}
         self.start, self.end, self.pad = self.ids[START], self.ids[END], self.ids[END]
@@ -1494,6 +1492,8 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
         text = Path(args.config).read_text(encoding="utf-8") if args.config.endswith(".json") else args.config
         try:
             model = new_model(Config.from_json(text), args.seed)
+            if model.config.vocab_size < (least := len(model.tokenizer.ids)):
+                raise ValueError(f"vocab_size is {model.config.vocab_size} and must be {least} or more")
         except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise ValueError(f"config {args.config}: {one_line(error)}") from error
     if args.text_encoder == "clip" or model.config.vocabulary:
