@@ -1,11 +1,14 @@
 """What several tests share: random checkpoints, made once, and the command line as a user runs it."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
+# A shell's background job ignores Ctrl-C, and what it starts does likewise; what is tested here must not.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
