@@ -564,7 +564,7 @@ def test_every_name_of_the_released_checkpoint(tmp_path):
     path.write_bytes(head)
     os.truncate(path, len(head) + size)
 
-    config, found = sd.read_model(path)
+    config, found, _ = sd.read_model(path)
     assert config == sd.Config()
     with torch.device("meta"), sd.WithoutNumbers():
         wanted = sd.StableDiffusion(config).state_dict()
@@ -629,11 +629,11 @@ def test_the_library_reads_ours(tmp_path):
 def test_we_read_the_library_s(tmp_path):
     path, tensors = tmp_path / "theirs.safetensors", assorted_tensors()
     save_file(tensors, path, METADATA)
-    ours, metadata = sd.read_file(path)
+    ours, metadata, _ = sd.read_file(path)
     assert_same(ours, tensors)
     assert metadata == METADATA
     save_file({}, path)
-    assert sd.read_file(path) == ({}, {})
+    assert sd.read_file(path)[:2] == ({}, {})
 
 
 # ----------------------------------------------------------------------------------------------- our own file
@@ -759,6 +759,58 @@ def test_weights_stay_in_the_file(kind, tmp_path, tensors):
         for parameter in model.parameters():
             parameter.zero_()
     assert path.read_bytes() == content
+
+
+def test_converted_convolutions_are_channels_last(tmp_path, tensors):
+    """What stays in the file is as it is there; what a device or a dtype takes along has the fast layout."""
+    SAVE["safetensors"](tensors, path := tmp_path / "model")
+    for dtype, layout in ((torch.float32, torch.contiguous_format), (torch.bfloat16, torch.channels_last)):
+        weight = sd.StableDiffusion.load(path, dtype=dtype).unet.conv_in.weight
+        assert weight.is_contiguous(memory_format=layout)
+
+
+CONVERT = """
+import sys, sd
+
+def peak_gigabytes():
+    [line] = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 2**20
+
+before = peak_gigabytes()
+model = sd.StableDiffusion.load(sys.argv[1], dtype=sd.DTYPES["bf16"])
+print(peak_gigabytes() - before, sum(parameter.nbytes for parameter in model.parameters()) / 2**30)
+"""
+
+
+def test_a_conversion_takes_the_memory_of_its_result(full):
+    """And not of what it was made of, which is twice as large."""
+    result = subprocess.run(
+        [sys.executable, "-c", CONVERT, full], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    peak, weights = map(float, result.stdout.split())
+    assert weights < measured("gigabytes at peak to load 4.27 GB as bf16", peak) < 1.2 * weights
+
+
+FAULTS = """
+import resource, sys, torch, sd
+
+if sys.argv[1:]:
+    sd.reuse_memory()
+for _ in range(20):
+    torch.zeros(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it is a matter of Linux")
+def test_freed_memory_is_used_again():
+    """64 MiB, 20 times: 16,384 pages each time, or once."""
+    command = [sys.executable, "-c", FAULTS]
+    plain, reused = (
+        int(subprocess.run([*command, *more], cwd=ROOT, capture_output=True, check=True).stdout)
+        for more in ([], ["reuse"])
+    )
+    assert plain - reused > 10 * 16384
 
 
 MEASURE = """

@@ -32,7 +32,7 @@ def drawn(model):
 
 def test_it_is_small_and_of_the_sizes_in_the_recipe(model):
     assert sd.DEFAULT_WEIGHTS.stat().st_size <= 16e6
-    tensors, _ = sd.read_file(sd.DEFAULT_WEIGHTS)
+    tensors, *_ = sd.read_file(sd.DEFAULT_WEIGHTS)
     assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.float16"}
     recipe = sd.Config.from_json((ROOT / "weights" / "emoji.json").read_text())
     assert sd.replace(model.config, latent_scale=recipe.latent_scale) == recipe
@@ -64,5 +64,5 @@ def test_the_command_line_uses_it(run_sd, tmp_path):
 
 
 def test_it_carries_its_config():
-    _, metadata = sd.read_file(sd.DEFAULT_WEIGHTS)
+    _, metadata, _ = sd.read_file(sd.DEFAULT_WEIGHTS)
     assert json.loads(metadata[sd.OWN_MARK])["image_size"] == 128

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import make_checkpoint
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import measured, relative_error
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
@@ -200,6 +201,29 @@ def test_attention_is_the_papers(context_width, causal, bias):
     context = context_width and torch.randn(2, 7, context_width, dtype=torch.float64)
     expected = explicit_attention(attention, x, context, causal)
     assert relative_error(attention(x, context, causal), expected) < 1e-13
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (127, 5), (128, 128), (129, 77), (300, 300)])
+def test_attention_in_pieces_is_attention(queries, keys):
+    """Forwards and backwards, of views as `Attention` has them."""
+    x = torch.randn(2, 3, 300, 3, 10, dtype=torch.float64, requires_grad=True)
+    q, k, v = x[:, :, :queries, 0], *(x[:, :, :keys, i] for i in (1, 2))
+    ours, expected = sd.attend_in_pieces(q, k, v), F.scaled_dot_product_attention(q, k, v)
+    assert relative_error(ours.detach(), expected.detach()) < 1e-14
+    gradients = [torch.autograd.grad(y.square().sum(), x, retain_graph=True)[0] for y in (ours, expected)]
+    assert relative_error(*gradients) < 1e-13
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("context_width", [None, 10])
+def test_attention_in_bfloat16_is_about_as_exact_as_the_librarys(context_width, monkeypatch):
+    attention = randomize(sd.Attention(80, 2, context_width))
+    x, context = torch.randn(2, 300, 80), context_width and torch.randn(2, 77, context_width)
+    exact = attention(x, context)
+    low = [y if y is None else y.bfloat16() for y in (x, context)]
+    error = relative_error(attention.bfloat16()(*low).float(), exact)
+    monkeypatch.setattr(sd, "attend_in_pieces", F.scaled_dot_product_attention)
+    assert error < 2 * relative_error(attention(*low).float(), exact)
 
 
 @torch.no_grad()

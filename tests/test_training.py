@@ -125,12 +125,10 @@ def made(out: Path) -> dict[str, bytes]:
 def train_here(*options) -> None:
     """`python sd.py train ...` in this process, which afterwards is as it was."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    flash = torch.backends.cuda.flash_sdp_enabled()
     try:
         with warnings.catch_warnings():
             assert sd.main(["train", *map(str, options), "--device", "cpu"]) == 0
     finally:
-        torch.backends.cuda.enable_flash_sdp(flash)
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
