@@ -2,7 +2,7 @@ PROMPT = a red apple
 PYTHON = .venv/bin/python
 DEFAULT = weights/emoji.safetensors
 
-.PHONY: setup run test test-long emoji
+.PHONY: setup run test test-long bench emoji
 setup: .venv/ready
 
 .venv/ready: requirements.txt tests/requirements.txt
@@ -18,6 +18,9 @@ test: setup
 
 test-long: setup
 	$(PYTHON) -m pytest tests -m long
+
+bench: setup
+	$(PYTHON) tests/bench.py
 
 # The default model from nothing: the pictures, the autoencoder at two sizes, the denoiser, then all in fp16.
 # Run again after an interruption, it goes on. PROCESSES=2 suits two CPU cores, 1 a GPU.

@@ -38,7 +38,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, count, islice
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -160,7 +160,7 @@ class Tokenizer:
         tokens = [BYTE_SYMBOLS[byte] for byte in word.encode("utf-8", errors="replace")]
         tokens[-1] += "</w>"
         while len(tokens) > 1:
-            pair = min(zip(tokens, tokens[1:]), key=lambda pair: self.ranks.get(pair, math.inf))
+            pair = min(pairwise(tokens), key=lambda pair: self.ranks.get(pair, math.inf))
             if pair not in self.ranks:
                 break
             merged = []
@@ -1789,7 +1789,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
             value = getattr(args, name)
             if value is not None and not holds(value):
                 parser.error(f"{name.replace('_', '-')} is {value} and must be {wanted}")
-    if args.out.suffix != ".safetensors" or not os.access(args.out.parent, os.W_OK):
+    if args.out.suffix != ".safetensors" or not os.access(f"{args.out.parent}/.", os.W_OK):
         parser.error(f"out is {args.out} and must be a .safetensors in a folder that can be written to")
     return args
 
@@ -1869,7 +1869,7 @@ def run(args: argparse.Namespace) -> int:
     model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
     width, height = model.check(seed=seed, n=args.n, **settings)
     if args.compile:
-        model.unet.compile()
+        model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, "
     about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {seed}"
     if rank == 0:

@@ -1232,6 +1232,7 @@ BAD_OPTIONS = [
     (["--prompts", "latin-1.txt"], "latin-1.txt"),
     (["--out", "a.ckpt"], "a.ckpt"), (["--out", "a"], "out is a "), (["--out", "."], "out is ."),
     (["--out", "missing/a.safetensors"], "missing/a.safetensors"),
+    (["--out", "text.json/a.safetensors"], "out is text.json/a.safetensors"),
     (["--out", "there.safetensors"], "--resume"), (["--out", "folder.safetensors"], "--resume"),
     (["--resume"], "new.state"), (["--out", "there.safetensors", "--resume"], "there.state"),
 ]  # fmt: skip
