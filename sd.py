@@ -1025,7 +1025,7 @@ def fit(
             parts = [part.reshape(shape).to(device, dtype, memory_format=layout) for part in parts]
             state[name] = torch.cat(parts) if joined else parts[0]
             for data in maps:
-                if not stays and hasattr(data, "madvise"):  # Windows has no such call
+                if (joined or not stays) and hasattr(data, "madvise"):  # Windows has no such call
                     data.madvise(mmap.MADV_DONTNEED)
     if wrong:
         raise ValueError(f"{first_few(wrong)}; use a complete checkpoint")
@@ -1118,12 +1118,21 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
+LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # C's
+
+
 def reuse_memory() -> None:
     """Keeps memory that is freed for what is computed next: to have it anew from Linux, page by page, is a
     tenth of a denoising step's time on a CPU. It holds for the whole process, so that only `main` does it."""
-    if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
-        library.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
-        library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if hasattr(LIBRARY, "mallopt"):
+        LIBRARY.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
+        LIBRARY.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def return_memory() -> None:
+    """Gives back what is free, before work that needs memory in other sizes."""
+    if hasattr(LIBRARY, "malloc_trim"):
+        LIBRARY.malloc_trim(0)
 
 
 def join_processes() -> tuple[int, int]:
@@ -1190,6 +1199,7 @@ class StableDiffusion(nn.Module):
             if self.offload_device:
                 for parameter, data in kept:
                     parameter.data = data
+            return_memory()
 
     def embed(self, texts: list[str]) -> Tensor:
         """B texts -> context (B, T, text_width). Warns of words that do not fit."""

@@ -60,7 +60,7 @@ def main() -> None:
     drawn = []
     for seed, (one, colour) in enumerate(tqdm(asked, "drawing")):
         settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "seed": seed}
-        drawn += model.generate(emoji.caption(names[one], colour), progress=False, **settings)
+        drawn += model.generate(emoji.captions(names[one], colour)[0], progress=False, **settings)
     sd.sheet(drawn[:64]).save(args.sheet)
 
     right = dict.fromkeys(["pixels", "latents", "background"], 0)

@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    prompts = [emoji.caption(name, colour) for name, colour in NAMED]
+    prompts = [emoji.captions(name, colour)[0] for name, colour in NAMED]
     return [model.generate(prompt, seed=i, progress=False)[0] for i, prompt in enumerate(prompts)]
 
 

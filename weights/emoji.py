@@ -46,10 +46,11 @@ def article(name: str) -> str:
     return "an" if re.match(r"(?!uni|one\b|ewe|euro)[aeiou]|hour|x-ray", name, re.IGNORECASE) else "a"
 
 
-def caption(name: str, colour: str) -> str:
-    """What a picture is called; on white, nothing is said of the background."""
-    ground = "" if colour == "white" else f" on {article(colour)} {colour} background"
-    return f"{article(name)} {name}{ground}"
+def captions(name: str, colour: str) -> list[str]:
+    """What a picture can be called: with its article, or without; white need not be spoken of."""
+    grounds = [""] if colour == "white" else []
+    grounds.append(f" on {article(colour)} {colour} background")
+    return [f"{start}{ground}" for ground in grounds for start in (f"{article(name)} {name}", name)]
 
 
 def draw(emoji: str, colour: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -78,8 +79,8 @@ def main(folder: Path) -> None:
             for emoji, colour in pairs:
                 file = "-".join(f"{ord(character):x}" for character in emoji) + f"-{colour}.png"
                 draw(emoji, colour, font).save(folder / half / file, compress_level=1)
-                line = {"file_name": file, "text": caption(names[emoji], colour)}
-                metadata.write(json.dumps(line, ensure_ascii=False) + "\n")
+                for text in captions(names[emoji], colour):
+                    metadata.write(json.dumps({"file_name": file, "text": text}, ensure_ascii=False) + "\n")
         print(f"{folder / half}: {len(pairs)} pictures of {len(names)} emoji")
 
 
