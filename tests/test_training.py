@@ -1375,12 +1375,16 @@ def test_emoji_are_about_1500_and_no_two_of_one_name(emoji):
 
 
 def test_emoji_are_called_what_a_person_would_call_them(emoji):
-    assert emoji.caption("red apple", "blue") == "a red apple on a blue background"
-    assert emoji.caption("red apple", "white") == "a red apple"
-    assert emoji.caption("artist palette", "orange") == "an artist palette on an orange background"
-    assert emoji.caption("OK hand", "white") == "an OK hand"
-    assert emoji.caption("unicorn", "white") == "a unicorn"
-    assert emoji.caption("hourglass done", "pink") == "an hourglass done on a pink background"
+    assert emoji.captions("red apple", "blue") == [
+        "a red apple on a blue background", "red apple on a blue background",
+    ]  # fmt: skip
+    assert emoji.captions("red apple", "white") == [
+        "a red apple", "red apple", "a red apple on a white background", "red apple on a white background",
+    ]  # fmt: skip
+    first = {name: emoji.captions(name, "orange")[0].removesuffix(" on an orange background") for name in (
+        "artist palette", "OK hand", "unicorn", "hourglass done",
+    )}  # fmt: skip
+    assert [*first.values()] == ["an artist palette", "an OK hand", "a unicorn", "an hourglass done"]
 
 
 def test_a_tenth_of_the_emojis_pairs_is_held_out(emoji):
@@ -1437,9 +1441,9 @@ def test_the_emojis_folders_can_be_trained_on(emoji, tmp_path, monkeypatch):
     for half, size in {"train": 33, "heldout": 3}.items():
         captions = sd.read_captions(tmp_path / half)
         assert len(captions) == size == len(list((tmp_path / half).glob("*.png")))
-        expected = [(emoji.caption(names[one], colour), one, colour) for one, colour in halves[half]]
-        for (path, texts), (text, one, colour) in zip(captions.items(), expected, strict=True):
-            assert texts == [text] and (pixels(path) == pixels(emoji.draw(one, colour, font))).all()
+        expected = [(emoji.captions(names[one], colour), one, colour) for one, colour in halves[half]]
+        for (path, texts), (called, one, colour) in zip(captions.items(), expected, strict=True):
+            assert texts == called and (pixels(path) == pixels(emoji.draw(one, colour, font))).all()
 
 
 def test_the_default_models_config_is_one():
