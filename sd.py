@@ -1024,7 +1024,7 @@ def fit(
             layout = torch.preserve_format if stays or len(shape) < 4 else torch.channels_last
             parts = [part.reshape(shape).to(device, dtype, memory_format=layout) for part in parts]
             state[name] = torch.cat(parts) if joined else parts[0]
-            for data in maps:
+            for data in maps:  # what was copied need not be in memory twice
                 if (joined or not stays) and hasattr(data, "madvise"):  # Windows has no such call
                     data.madvise(mmap.MADV_DONTNEED)
     if wrong:
@@ -1123,7 +1123,7 @@ LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # C's
 
 def reuse_memory() -> None:
     """Keeps memory that is freed for what is computed next: to have it anew from Linux, page by page, is a
-    tenth of a denoising step's time on a CPU. It holds for the whole process, so that only `main` does it."""
+    tenth of a denoising step's time on a CPU. As it holds for the whole process, only a program may do it."""
     if hasattr(LIBRARY, "mallopt"):
         LIBRARY.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
         LIBRARY.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD

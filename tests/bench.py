@@ -121,7 +121,7 @@ def command(side: str, device: str, dtype: str, weights: str, out: str) -> None:
 
 
 def emoji_parts() -> tuple:
-    """diffusers' and transformers' models of the default model's sizes, with random weights."""
+    """The default model's Config, and a UNet, a VAE and a text encoder of the libraries in its sizes."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
 
