@@ -20,7 +20,7 @@ test-long: setup
 	$(PYTHON) -m pytest tests -m long
 
 bench: setup
-	$(PYTHON) tests/bench.py
+	$(PYTHON) tests/bench.py $(ARGS)
 
 # The default model from nothing: the pictures, the autoencoder at two sizes, the denoiser, then all in fp16.
 # Run again after an interruption, it goes on. PROCESSES=2 suits two CPU cores, 1 a GPU.

@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--guidance", type=float, default=7.5)
     parser.add_argument("--sampler", default="ddpm")
+    parser.add_argument("--bare", action="store_true", help="names without their articles")
     parser.add_argument("--sheet", type=Path, default=ROOT / "sheet.png")
     args = parser.parse_args()
 
@@ -60,7 +61,7 @@ def main() -> None:
     drawn = []
     for seed, (one, colour) in enumerate(tqdm(asked, "drawing")):
         settings = {"steps": args.steps, "guidance": args.guidance, "sampler": args.sampler, "seed": seed}
-        drawn += model.generate(emoji.captions(names[one], colour)[0], progress=False, **settings)
+        drawn += model.generate(emoji.captions(names[one], colour)[args.bare], progress=False, **settings)
     sd.sheet(drawn[:64]).save(args.sheet)
 
     right = dict.fromkeys(["pixels", "latents", "background"], 0)
