@@ -1624,13 +1624,14 @@ class Trainer:
             weight.data = data
 
     def save(self) -> None:
-        """Writes the model, with the average weights, and beside it what `resume` reads and the losses."""
-        with self.averaged():
-            self.objective.finish()
-            self.objective.model.save(self.args.out)
+        """Writes what `resume` reads, first, so that a kill in between loses nothing, then the model, with the
+        average weights, and the losses."""
         state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
         with written_whole(self.files[".state"]) as file:
             torch.save(state | {"losses": self.losses}, file)
+        with self.averaged():
+            self.objective.finish()
+            self.objective.model.save(self.args.out)
         with written_whole(self.files[".loss.csv"]) as file:
             rows = [("step", "loss"), *enumerate(self.losses, 1)]
             file.writelines(f"{step},{loss}\n".encode() for step, loss in rows)
