@@ -1682,6 +1682,8 @@ def train(args: argparse.Namespace) -> int:
     per_step, first = args.accumulate * count, len(trainer.losses)
     quiet = None if rank == 0 else True  # None: if no terminal
     bar = tqdm(total=args.steps * per_step, initial=first * per_step, unit=" pictures", disable=quiet)
+    if rank == 0 and first >= args.steps:  # it may have been killed between its last state and the model
+        trainer.save()
     for step in range(first + 1, args.steps + 1):
         generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
         report = torch.tensor([0.0, len(signals)], device=device)  # the loss, and whether to stop

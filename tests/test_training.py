@@ -958,8 +958,11 @@ def test_a_training_that_is_asked_to_stop_saves_its_step(number, part, request, 
     assert [kind for kind in theirs if ours[kind] != theirs[kind]] == []
 
 
-def test_a_training_that_is_done_is_left_alone(unet, unet_options, tmp_path):
+@pytest.mark.parametrize("killed_before_the_model", [False, True])
+def test_a_training_that_is_done_is_left_alone(killed_before_the_model, unet, unet_options, tmp_path):
     folder = shutil.copytree(unet.parent, tmp_path / "done")
+    if killed_before_the_model:
+        (folder / unet.name).unlink()
     train_here(*unet_options, "--out", folder / unet.name, "--resume")
     assert everything(folder) == everything(unet.parent)
 
