@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def drawn(model):
-    prompts = [emoji.captions(name, colour)[0] for name, colour in NAMED]
+    prompts = [emoji.captions(*named)[i % 2] for i, named in enumerate(NAMED)]  # with article, without
     return [model.generate(prompt, seed=i, progress=False)[0] for i, prompt in enumerate(prompts)]
 
 
