@@ -1624,7 +1624,7 @@ class Trainer:
             weight.data = data
 
     def save(self) -> None:
-        """Writes what `resume` reads, first, so that a kill in between loses nothing, then the model, with the
+        """Writes what `resume` reads, first, so that a kill in between loses nothing, then the model with the
         average weights, and the losses."""
         state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
         with written_whole(self.files[".state"]) as file:
