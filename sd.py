@@ -29,16 +29,15 @@ import random
 import re
 import signal
 import statistics
-import struct
 import sys
 import unicodedata
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, count, islice, pairwise
+from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +136,9 @@ class Tokenizer:
 
     def dropped(self, text: str) -> list[str]:
         """The words of `text` that do not fit, whole or in part, into `length` ids."""
-        room, dropped = self.length - 2, []
-        for word, ids in self.words(text):
-            room -= len(ids)
-            if room < 0:
-                dropped.append(word)
-        return dropped
+        words = list(self.words(text))
+        ends = accumulate(len(ids) for _, ids in words)
+        return [word for (word, _), end in zip(words, ends) if end > self.length - 2]
 
     def words(self, text: str) -> Iterator[tuple[str, list[int]]]:
         """The words of `text`, normalised, each with its ids; special tokens are words of one id."""
@@ -372,56 +368,24 @@ def vae_levels(widths: tuple[int, ...], blocks: int, groups: int, resample: Call
     """`blocks` residual blocks at each of `widths`, and `resample` from one resolution to the next."""
     levels, channels = nn.Sequential(), widths[0]
     for width in widths:
-        level = nn.Sequential(OrderedDict(blocks=nn.Sequential()))
-        for _ in range(blocks):
-            level.blocks.append(ResidualBlock(channels, width, groups, VAE_EPS))
-            channels = width
+        ins = [channels] + (blocks - 1) * [width]
+        layers = OrderedDict(blocks=nn.Sequential(*(ResidualBlock(c, width, groups, VAE_EPS) for c in ins)))
         if len(levels) < len(widths) - 1:
-            level.add_module("resample", resample(width))
-        levels.append(level)
+            layers["resample"] = resample(width)
+        levels.append(nn.Sequential(layers))
+        channels = width
     return levels
 
 
-def vae_middle(width: int, groups: int):
-    """What stands next to the latent, on both sides."""
-    return nn.Sequential(
-        ResidualBlock(width, width, groups, VAE_EPS),
-        ImageAttention(width, groups),
-        ResidualBlock(width, width, groups, VAE_EPS),
-    )
-
-
-class Encoder(nn.Sequential):
-    """(B, 3, H, W) -> (B, 2 * latent_channels, h, w)"""
-
-    def __init__(self, config: Config):
-        def halve(width: int) -> nn.Module:  # SD pads on the right and at the bottom only
-            return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
-
-        widths, groups = config.vae_widths, config.norm_groups
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(3, widths[0], 3, padding=1),
-            down=vae_levels(widths, config.vae_blocks, groups, halve),
-            middle=vae_middle(widths[-1], groups),
-            norm_out=nn.GroupNorm(groups, widths[-1], VAE_EPS),
-            activation=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1),
-        ))
-
-
-class Decoder(nn.Sequential):
-    """(B, latent_channels, h, w) -> (B, 3, H, W)"""
-
-    def __init__(self, config: Config):
-        widths, groups = config.vae_widths[::-1], config.norm_groups
-        super().__init__(OrderedDict(
-            conv_in=nn.Conv2d(config.latent_channels, widths[0], 3, padding=1),
-            middle=vae_middle(widths[0], groups),
-            up=vae_levels(widths, config.vae_blocks + 1, groups, Upsample),
-            norm_out=nn.GroupNorm(groups, widths[-1], VAE_EPS),
-            activation=nn.SiLU(),
-            conv_out=nn.Conv2d(widths[-1], 3, 3, padding=1),
-        ))
+def vae_half(channels: int, widths: tuple[int, ...], out_channels: int, groups: int, **body: nn.Module):
+    """(B, channels, ...) -> (B, out_channels, ...): what stands around the `body` of either half."""
+    return nn.Sequential(OrderedDict(
+        conv_in=nn.Conv2d(channels, widths[0], 3, padding=1),
+        **body,
+        norm_out=nn.GroupNorm(groups, widths[-1], VAE_EPS),
+        activation=nn.SiLU(),
+        conv_out=nn.Conv2d(widths[-1], out_channels, 3, padding=1),
+    ))  # fmt: skip
 
 
 class VAE(nn.Module):
@@ -429,11 +393,22 @@ class VAE(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
+        widths, blocks, groups = config.vae_widths, config.vae_blocks, config.norm_groups
         channels = config.latent_channels
-        self.encoder = Encoder(config)
+
+        def middle() -> nn.Module:  # next to the latent, on both sides
+            first, last = (ResidualBlock(widths[-1], widths[-1], groups, VAE_EPS) for _ in range(2))
+            return nn.Sequential(first, ImageAttention(widths[-1], groups), last)
+
+        def halve(width: int) -> nn.Module:  # SD pads on the right and at the bottom only
+            return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
+
+        down = vae_levels(widths, blocks, groups, halve)
+        up = vae_levels(widths[::-1], blocks + 1, groups, Upsample)
+        self.encoder = vae_half(3, widths, 2 * channels, groups, down=down, middle=middle())
         self.quant = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant = nn.Conv2d(channels, channels, 1)
-        self.decoder = Decoder(config)
+        self.decoder = vae_half(channels, widths[::-1], 3, groups, middle=middle(), up=up)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> mean and log-variance, each (B, latent_channels, h, w), not scaled"""
@@ -508,30 +483,28 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         levels = list(zip(config.unet_widths, config.unet_attends))
 
-        self.down = nn.ModuleList()
-        channels, skips = width, [width]
+        def level(channels: list[int], width: int, attends: bool) -> nn.ModuleDict:
+            blocks = nn.ModuleList(UNetBlock(into, width, attends, config) for into in channels)
+            return nn.ModuleDict({"blocks": blocks})
+
+        self.down, channels, skips = nn.ModuleList(), width, [width]
         for width, attends in levels:
-            level = nn.ModuleDict({"blocks": nn.ModuleList()})
-            for _ in range(config.unet_blocks):
-                level["blocks"].append(UNetBlock(channels, width, attends, config))
-                channels = width
-                skips.append(channels)
-            if len(self.down) < len(levels) - 1:
-                level["resample"] = nn.Conv2d(width, width, 3, stride=2, padding=1)
-                skips.append(channels)
-            self.down.append(level)
+            self.down.append(level([channels] + (config.unet_blocks - 1) * [width], width, attends))
+            skips += config.unet_blocks * [width]
+            if len(self.down) < len(levels):
+                self.down[-1]["resample"] = nn.Conv2d(width, width, 3, stride=2, padding=1)
+                skips.append(width)
+            channels = width
 
         self.middle = nn.ModuleList(UNetBlock(width, width, attends, config) for attends in (True, False))
 
         self.up = nn.ModuleList()
         for width, attends in reversed(levels):
-            level = nn.ModuleDict({"blocks": nn.ModuleList()})
-            for _ in range(config.unet_blocks + 1):
-                level["blocks"].append(UNetBlock(channels + skips.pop(), width, attends, config))
-                channels = width
-            if len(self.up) < len(levels) - 1:
-                level["resample"] = Upsample(width)
-            self.up.append(level)
+            from_below = [channels] + config.unet_blocks * [width]
+            self.up.append(level([into + skips.pop() for into in from_below], width, attends))
+            if len(self.up) < len(levels):
+                self.up[-1]["resample"] = Upsample(width)
+            channels = width
 
         self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
         self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
@@ -655,17 +628,14 @@ SAMPLERS = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusPlus}
 # nothing that a pickle names is run. Rules turn the names of both dialects, CompVis's single file and
 # diffusers' folder, into those of the classes above; the shapes say which Config they belong to.
 
-SAFETENSORS_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+STORED_AS = {  # in .safetensors and in pickles
+    torch.float64: ("F64", "DoubleStorage"), torch.float32: ("F32", "FloatStorage"),
+    torch.float16: ("F16", "HalfStorage"), torch.bfloat16: ("BF16", "BFloat16Storage"),
+    torch.int64: ("I64", "LongStorage"), torch.int32: ("I32", "IntStorage"),
+    torch.int16: ("I16", "ShortStorage"), torch.int8: ("I8", "CharStorage"),
+    torch.uint8: ("U8", "ByteStorage"), torch.bool: ("BOOL", "BoolStorage"),
 }  # fmt: skip
-PICKLE_DTYPES = {
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}  # fmt: skip
+STORED_DTYPES = {name: dtype for dtype, names in STORED_AS.items() for name in names}
 ZIP_MAGIC, PICKLE_MAGIC, LEGACY_MAGIC = b"PK\3\4", b"\x80", 0x1950A86A20F9469CFC6C
 OWN_MARK = "sd.py"  # where our own files carry their Config in the metadata
 
@@ -678,6 +648,18 @@ def one_line(message: Warning | Exception | str) -> str:
 def first_few(items: list[str]) -> str:
     """The first three and how many more."""
     return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+@contextmanager
+def blamed(what: object, advice: str = "") -> Iterator[None]:
+    """Whatever fails inside becomes a FileNotFoundError or ValueError of one line: what is wrong with what, and
+    what to do."""
+    try:
+        yield
+    except Exception as error:  # a damaged file can fail in every way there is
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise kind(one_line(f"{what}: {reason}{advice and '; '}{advice}")) from error
 
 
 @contextmanager
@@ -709,7 +691,7 @@ def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Tensor], dict[str, str]
     metadata = header.pop("__metadata__", {})
     tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        dtype, shape = SAFETENSORS_DTYPES[entry["dtype"]], entry["shape"]
+        dtype, shape = STORED_DTYPES[entry["dtype"]], entry["shape"]
         begin, stop = (start + offset for offset in entry["data_offsets"])
         size = math.prod(shape) * dtype.itemsize
         if begin != end or stop != begin + size or stop > len(data) or min(shape, default=0) < 0:
@@ -722,11 +704,11 @@ def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Tensor], dict[str, str]
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Writes what `read_safetensors` reads, atomically."""
-    names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         place = [end, end := end + tensor.nbytes]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
+        dtype, _ = STORED_AS[tensor.dtype]
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # aligns the tensors
     with written_whole(path) as file:
@@ -756,8 +738,8 @@ class TensorUnpickler(pickle._Unpickler):  # the one in Python: in C, one damage
         self.data, self.places, self.sizes = data, places, {}
 
     def find_class(self, module: str, name: str):
-        if module == "torch" and name in PICKLE_DTYPES:
-            return PICKLE_DTYPES[name]
+        if module == "torch" and name in STORED_DTYPES:
+            return STORED_DTYPES[name]
         inert = {
             "collections.OrderedDict": OrderedDict,
             "torch._utils._rebuild_tensor_v2": lambda flat, at, *view: flat.as_strided(*view[:2], at),
@@ -781,8 +763,8 @@ def read_zip_pickle(path: Path, data: mmap.mmap):
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
         places = {}
         for name, record in records.items():
-            name_size, extra_size = struct.unpack_from("<HH", data, record.header_offset + 26)
-            places[name.removeprefix("data/")] = record.header_offset + 30 + name_size + extra_size
+            sizes = np.frombuffer(data, "<u2", 2, record.header_offset + 26)  # of the name and of extra fields
+            places[name.removeprefix("data/")] = record.header_offset + 30 + sum(sizes.tolist())
         unpickler = TensorUnpickler(archive.open(records["data.pkl"]), data, places)
         content = unpickler.load()
     for key, size in unpickler.sizes.items():
@@ -813,8 +795,6 @@ def read_file(path: Path) -> tuple[dict, dict[str, str], mmap.mmap]:
 
     Raises OSError for a file that cannot be opened, ValueError for one that is no checkpoint or is damaged.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     if path.stat().st_size == 0:
         raise ValueError("the file is empty; download it again")
     with open(path, "rb") as file:
@@ -824,7 +804,7 @@ def read_file(path: Path) -> tuple[dict, dict[str, str], mmap.mmap]:
     is_safetensors = data[8:9] == b"{"
     if data[:256].lstrip()[:1] == b"<" and not is_safetensors:
         raise ValueError("this is a web page, not a checkpoint; download the file that the page links to")
-    try:
+    with blamed("no checkpoint or a damaged one", "download it again"):
         if is_safetensors:
             return *read_safetensors(data), data
         if data[:4] != ZIP_MAGIC and data[:1] != PICKLE_MAGIC:
@@ -832,8 +812,6 @@ def read_file(path: Path) -> tuple[dict, dict[str, str], mmap.mmap]:
         content = read_zip_pickle(path, data) if data[:4] == ZIP_MAGIC else read_legacy_pickle(data)
         content = content.get("state_dict", content)
         return {name: value for name, value in content.items() if isinstance(name, str)}, {}, data
-    except Exception as error:  # a damaged pickle can fail in every way there is
-        raise ValueError(f"no checkpoint or a damaged one: {one_line(error)}; download it again") from error
 
 
 # What a diffusers folder says in its config.json files and shapes do not: its name for it, and ours.
@@ -847,24 +825,21 @@ DIFFUSERS_FIELDS = {
 def read_folder(path: Path) -> tuple[dict, dict, list[mmap.mmap]]:
     """The tensors in a diffusers folder, by their own names behind their part's, those fields of Config that
     its config.json files tell and shapes do not, and the maps."""
-    stems = ["diffusion_pytorch_model", "model", "pytorch_model"]
-    stems += [stem + ".fp16" for stem in stems]
+    stems = ("diffusion_pytorch_model", "model", "pytorch_model")
+    ends = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
     tensors, fields, maps = {}, {}, []
     for part, known in DIFFUSERS_FIELDS.items():
-        files = [path / part / (stem + suffix) for suffix in (".safetensors", ".bin") for stem in stems]
-        config = path / part / "config.json"
-        reading = next(filter(Path.is_file, files), None)
-        if reading is None:
+        files = (path / part / (stem + end) for end in ends for stem in stems)
+        file, config = next(filter(Path.is_file, files), None), path / part / "config.json"
+        if file is None:
             raise ValueError(f"{part}/ holds no weights; name a whole diffusers folder, or a checkpoint file")
-        try:
-            named, _, data = read_file(reading)
-            tensors |= {f"{part}.{name}": value for name, value in named.items()}
-            maps.append(data)
-            if config.is_file():
-                settings = json.loads((reading := config).read_text())
-                fields |= {field: settings[name] for name, field in known.items() if name in settings}
-        except ValueError as error:
-            raise ValueError(f"{part}/{reading.name}: {error}") from error
+        with blamed(f"{part}/{file.name}"):
+            named, _, data = read_file(file)
+        with blamed(f"{part}/{config.name}"):
+            settings = json.loads(config.read_text()) if config.is_file() else {}
+            fields |= {field: settings[name] for name, field in known.items() if name in settings}
+        tensors |= {f"{part}.{name}": value for name, value in named.items()}
+        maps.append(data)
     return tensors, fields, maps
 
 
@@ -958,9 +933,12 @@ def infer_config(shapes: str) -> Config:
     def number(pattern: str) -> int:
         return len(set(re.findall(rf"(?m)^{pattern}", shapes)))
 
-    vae_levels = [rf"vae\.encoder\.down\.{i}\.blocks" for i in range(number(r"vae\.encoder\.down\.(\d+)"))]
-    unet_levels = [rf"unet\.down\.{i}\.blocks" for i in range(number(r"unet\.down\.(\d+)"))]
-    text_width = size(r"text_encoder\.layers\.\d+\.norm")
+    def widths(place: str) -> tuple[int, ...]:
+        levels = (rf"{place}\.{i}\.blocks\.\d+" for i in range(number(rf"{place}\.(\d+)")))
+        return tuple(size(rf"{level}\.(?:residual\.)?(?:conv\d|norm2)") for level in levels)
+
+    text_width, unet_widths = size(r"text_encoder\.layers\.\d+\.norm"), widths(r"unet\.down")
+    attends = (number(rf"unet\.down\.{i}\.blocks\.\d+\.transformer") > 0 for i in range(len(unet_widths)))
     found = {
         "vocab_size": size(r"text_encoder\.token_embedding"),
         "text_length": size(r"text_encoder\.position_embedding"),
@@ -968,10 +946,10 @@ def infer_config(shapes: str) -> Config:
         "text_layers": number(r"text_encoder\.layers\.(\d+)"),
         "text_heads": text_width * Config.text_heads // Config.text_width,  # CLIP's heads have one size
         "latent_channels": size(r"(?:vae\.post_quant|unet\.conv_out)"),
-        "vae_widths": tuple(size(rf"{level}\.\d+\.(?:conv\d|norm2)") for level in vae_levels),
+        "vae_widths": widths(r"vae\.encoder\.down"),
         "vae_blocks": number(r"vae\.encoder\.down\.\d+\.blocks\.(\d+)"),
-        "unet_widths": tuple(size(rf"{level}\.\d+\.residual\.(?:conv\d|norm2)") for level in unet_levels),
-        "unet_attends": tuple(number(rf"{level}\.\d+\.transformer") > 0 for level in unet_levels),
+        "unet_widths": unet_widths,
+        "unet_attends": tuple(attends),
         "unet_blocks": number(r"unet\.down\.\d+\.blocks\.(\d+)"),
     }
     return Config(**{field: value for field, value in found.items() if value})
@@ -983,6 +961,8 @@ def read_model(path: Path) -> tuple[Config, dict, list[mmap.mmap]]:
     fields = {}
     if path.is_dir():
         tensors, fields, maps = read_folder(path)
+    elif not path.is_file():
+        raise FileNotFoundError("no such file or folder; weights/README.md says where to get one")
     else:
         tensors, metadata, *maps = read_file(path)
         if OWN_MARK in metadata:
@@ -1049,25 +1029,23 @@ class WithoutNumbers(TorchFunctionMode):
 def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The fields of Config that a folder like bert-base-uncased's tells, and its weights as they stand in a
     StableDiffusion's state dict, in float32. Raises OSError or ValueError, in one line."""
-    try:
-        vocabulary = WordPiece((path := folder / "vocab.txt").read_text("utf-8").rstrip("\n").split("\n")).ids
-        heads = json.loads((path := folder / "config.json").read_text())["num_attention_heads"]
-        files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-        tensors, *_ = read_file(path := next(filter(Path.is_file, files), files[0]))
-        tensors = {rename(f"text_encoder.{name}"): value for name, value in tensors.items()}
+    advice = "name a folder like bert-base-uncased's"
+    with blamed(path := folder / "vocab.txt", advice):
+        vocabulary = tuple(WordPiece(path.read_text("utf-8").rstrip("\n").split("\n")).ids)
+    with blamed(path := folder / "config.json", advice):
+        heads = json.loads(path.read_text())["num_attention_heads"]
+    files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
+    with blamed(path := next(filter(Path.is_file, files), files[0]), advice):
+        tensors = {rename(f"text_encoder.{name}"): value for name, value in read_file(path)[0].items()}
         place, types = "text_encoder.position_embedding.weight", "text_encoder.token_type_embeddings.weight"
         tensors[place] = tensors[place][: Config.text_length] + tensors[types][0]  # a prompt is of one type
-        config = replace(infer_config(listed(tensors)), vocabulary=tuple(vocabulary), text_heads=heads)
+        config = replace(infer_config(listed(tensors)), vocabulary=vocabulary, text_heads=heads)
         if config.vocab_size != len(vocabulary):
             raise ValueError(f"it has {config.vocab_size} tokens and vocab.txt {len(vocabulary)}")
         with torch.device("meta"), WithoutNumbers():
             encoder = nn.ModuleDict({"text_encoder": BERTTextEncoder(config)})
         fields = {name: value for name, value in asdict(config).items() if name.startswith(("text", "vocab"))}
         return fields, fit(tensors, [], encoder, "cpu", torch.float32)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path}: no such file; name a folder like bert-base-uncased's") from error
-    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not a BERT's: {one_line(error)}; try bert-base-uncased's") from error
 
 
 # ------------------------------------------------------------------------------------------------- 9 pipeline
@@ -1075,23 +1053,18 @@ def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A picture in RGB, upright, on white where transparent; OSError or ValueError for what is none."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(source)
-            if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: and a preview
-                raise ValueError(f"it is animated, {image.n_frames} frames; save one of them")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.has_transparency_data:
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{source}: no such picture") from error
-    except Exception as error:  # a damaged picture, like a damaged pickle, can fail in every way
-        raise ValueError(f"{source}: not a picture that can be used: {one_line(error)}") from error
+    """A picture in RGB, upright, on white where transparent. Raises OSError or ValueError for what is none."""
+    with blamed(f"{source}: not a picture that can be used"), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: and a preview
+            raise ValueError(f"it is animated, {image.n_frames} frames; save one of them")
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.has_transparency_data:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+        return image.convert("RGB")
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -1111,10 +1084,8 @@ def pick_device(name: str | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:  # torchrun's
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
+    with blamed(f"device {name} is not there", "try --device cpu"):
         torch.zeros(1, device=name).item()
-    except Exception as error:  # each backend has its own
-        raise ValueError(f"device {name} is not there: {one_line(error)}; try --device cpu") from error
     return torch.device(name)
 
 
@@ -1127,12 +1098,6 @@ def reuse_memory() -> None:
     if hasattr(LIBRARY, "mallopt"):
         LIBRARY.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
         LIBRARY.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-
-
-def return_memory() -> None:
-    """Gives back what is free, before work that needs memory in other sizes."""
-    if hasattr(LIBRARY, "malloc_trim"):
-        LIBRARY.malloc_trim(0)
 
 
 def join_processes() -> tuple[int, int]:
@@ -1164,14 +1129,12 @@ class StableDiffusion(nn.Module):
         With `offload` each of the three models is on `device` only while it works. Weights that need no
         conversion stay in the file, mapped. Raises OSError or ValueError, in one line, for any other file.
         """
-        try:
+        with blamed(path):
             config, tensors, maps = read_model(Path(path))
             with torch.device("meta"), WithoutNumbers():
                 model = cls(config)
             home = "cpu" if offload else device
             model.load_state_dict(fit(tensors, maps, model, home, dtype), assign=True)
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:  # bad sizes
-            raise ValueError(f"{path}: {one_line(error)}") from error
         if tensors:
             warnings.warn(f"{path}: {len(tensors)} tensors not used: {first_few([*tensors])}", stacklevel=2)
         model.offload_device = torch.device(device) if offload else None
@@ -1199,7 +1162,8 @@ class StableDiffusion(nn.Module):
             if self.offload_device:
                 for parameter, data in kept:
                     parameter.data = data
-            return_memory()
+            if hasattr(LIBRARY, "malloc_trim"):  # what comes next needs memory in other sizes
+                LIBRARY.malloc_trim(0)
 
     def embed(self, texts: list[str]) -> Tensor:
         """B texts -> context (B, T, text_width). Warns of words that do not fit."""
@@ -1346,44 +1310,31 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
     pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
-    pairs, source = [], folder / "metadata.jsonl"
-    try:
-        if source.is_file():
-            lines = filter(str.strip, source.read_text(encoding="utf-8").splitlines())
-            pairs = [(folder / entry["file_name"], entry["text"]) for entry in map(json.loads, lines)]
-        elif sources := sorted(folder.rglob("captions_*.json")):
-            places = {path.name: path for path in pictures}
-            for source in sources:
-                content = json.loads(source.read_text(encoding="utf-8"))
+    places, captions = {path.name: path for path in pictures}, {}
+    lists = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
+    beside = ((path.with_suffix(".txt"), path) for path in pictures)
+    for source, picture in [(file, None) for file in lists] or beside:
+        if not source.is_file():
+            continue
+        with blamed(source, "README.md says how captions are written"):
+            content = source.read_text(encoding="utf-8")
+            if picture:
+                pairs = [(picture, content.strip())]
+            elif source.suffix == ".jsonl":
+                entries = map(json.loads, filter(str.strip, content.splitlines()))
+                pairs = [(folder / entry["file_name"], entry["text"]) for entry in entries]
+            else:
+                content = json.loads(content)
                 names = {f"image {image['id']}": image["file_name"] for image in content["images"]}
-                for entry in content["annotations"]:
-                    name = names[f"image {entry['image_id']}"]
-                    pairs.append((places.get(name, folder / name), entry["caption"]))
-        else:
-            for path in pictures:
-                if (source := path.with_suffix(".txt")).is_file():
-                    pairs.append((path, source.read_text(encoding="utf-8").strip()))
-        captions = {path: [] for path, _ in pairs}
-        for path, text in pairs:
-            if not isinstance(text, str):
-                raise TypeError(f"{path.name} is called {text}, which is no text")
-            captions[path].append(text)
-    except (AttributeError, LookupError, TypeError, ValueError) as error:
-        raise ValueError(f"{source}: not captions that can be used: {one_line(error)}") from error
+                named = ((names[f"image {entry['image_id']}"], entry) for entry in content["annotations"])
+                pairs = [(places.get(name, folder / name), entry["caption"]) for name, entry in named]
+            for path, text in pairs:
+                if not isinstance(text, str):
+                    raise TypeError(f"{path.name} is called {text}, which is no text")
+                captions.setdefault(path, []).append(text)
     if not captions:
         raise ValueError(f"{folder}: no pictures with captions; README.md says how they are laid out")
     return captions
-
-
-def read_prompts(file: Path) -> list[str]:
-    """The prompts in a file, one a line. Raises OSError or ValueError where there are none."""
-    try:
-        prompts = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: not UTF-8; save it as that") from error
-    if not prompts:
-        raise ValueError(f"{file}: no prompt in it; write one a line")
-    return prompts
 
 
 def read_pictures(paths: Collection[Path], side: int) -> Iterator[tuple[Path, Tensor]]:
@@ -1472,6 +1423,13 @@ class NoisePrediction(nn.Module):
         model.text_encoder.requires_grad_(args.train_text_encoder)
         self.register_buffer("alphas_cumprod", noise_schedule(model.config).float().to(model.device))
         captions, self.ids, moments = read_captions(args.data), [], []
+        self.prompts = [text for texts in captions.values() for text in texts][:16]
+        if args.prompts:
+            with blamed(args.prompts, "write a prompt on each line, in UTF-8"):
+                lines = args.prompts.read_text(encoding="utf-8").splitlines()
+                self.prompts = [*filter(str.strip, lines)]
+                if not self.prompts:
+                    raise ValueError("there is no prompt in it")
         pictures = read_pictures(captions, args.resolution)
         while chunk := list(islice(pictures, 16)):
             images = torch.stack([cut(picture, args.resolution) for _, picture in chunk])
@@ -1482,9 +1440,6 @@ class NoisePrediction(nn.Module):
                     moments.append(torch.cat(model.vae.encode(version), dim=1).cpu())  # (B, 2C, h, w)
                 self.ids += ids
         self.moments, self.no_text = torch.cat(moments), torch.tensor(model.tokenizer(""))
-        self.prompts = [text for texts in captions.values() for text in texts][:16]
-        if args.prompts:
-            self.prompts = read_prompts(args.prompts)
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents, scaled, and noise (B, C, h, w) each, timesteps (B,), ids (B, T)"""
@@ -1533,13 +1488,12 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
     if args.init:
         model = StableDiffusion.load(args.init)
     else:
-        text = Path(args.config).read_text(encoding="utf-8") if args.config.endswith(".json") else args.config
-        try:
+        with blamed(f"config {args.config}"):
+            is_file = args.config.endswith(".json")
+            text = Path(args.config).read_text(encoding="utf-8") if is_file else args.config
             model = new_model(Config.from_json(text), args.seed)
             if model.config.vocab_size < (least := len(model.tokenizer.ids)):
                 raise ValueError(f"vocab_size is {model.config.vocab_size} and must be {least} or more")
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f"config {args.config}: {one_line(error)}") from error
     if args.text_encoder == "clip" or model.config.vocabulary:
         return model
     fields, weights = read_bert(args.bert)
@@ -1640,18 +1594,13 @@ class Trainer:
 
     def resume(self) -> None:
         """Takes up where `save` was called last."""
-        if not self.files[".state"].is_file():
-            raise FileNotFoundError(f"{self.files['.state']}: nothing to resume from; leave out --resume")
-        try:
+        with blamed(self.files[".state"], "leave out --resume, or give the options that it was begun with"):
             state = torch.load(self.files[".state"], self.weights[0].device, weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
                     weight.data.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
             self.losses = state["losses"]
-        except Exception as error:  # a damaged state, like a damaged pickle, can fail in every way
-            message = f"{self.files['.state']}: not the state of such a training: {one_line(error)}"
-            raise ValueError(message) from error
 
 
 def train(args: argparse.Namespace) -> int:
@@ -1719,14 +1668,14 @@ WEBUI_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what is wrong, and ends with status 2."""
+    """Raises a ValueError for arguments that are wrong."""
 
     def __init__(self, usage: str):
         help_format = lambda prog: argparse.HelpFormatter(prog, max_help_position=24, width=80)
         super().__init__(usage=usage, allow_abbrev=False, formatter_class=help_format)
 
     def error(self, message: str):
-        self.exit(2, f"sd.py: error: {one_line(message)}; see --help\n")
+        raise ValueError(f"{message}; see --help")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -1816,11 +1765,9 @@ def free_names(path: Path) -> Iterator[Path]:
 def claim(path: Path) -> Path:
     """The first free name like `path`. Now it is there, empty: no other process takes it."""
     for name in free_names(path):
-        try:
+        with suppress(FileExistsError):
             name.touch(exist_ok=False)
             return name
-        except FileExistsError:
-            continue
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: str) -> Path:
@@ -1862,10 +1809,8 @@ def run(args: argparse.Namespace) -> int:
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"out is {args.out} and must end in .png")
-    try:
+    with blamed(f"out is {args.out}", "name another"):
         claim(args.out).unlink()
-    except OSError as error:
-        raise OSError(f"out is {args.out}, which cannot be made: {error.strerror}; name another") from error
     if args.strength is not None and args.image is None:
         raise ValueError("strength is given and must be used with an image only")
     args.strength = 0.8 if args.strength is None else args.strength
@@ -1897,11 +1842,11 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
     arguments = sys.argv[1:] if arguments is None else arguments
     reuse_memory()
-    training = arguments[:1] == ["train"]
-    args = parse_train(arguments[1:]) if training else parse(arguments)
     warnings.showwarning = lambda message, *_: print(f"sd.py: note: {one_line(message)}", file=sys.stderr)
     try:
-        return train(args) if training else run(args)
+        if arguments[:1] == ["train"]:
+            return train(parse_train(arguments[1:]))
+        return run(parse(arguments))
     except (OSError, ValueError) as error:
         print(f"sd.py: error: {one_line(error)}", file=sys.stderr)
         return 2

@@ -449,10 +449,10 @@ def remove(name: str):
 NORM = "encoder.layer.1.output.LayerNorm.bias"
 POSITIONS, SEGMENTS = "embeddings.position_embeddings.weight", "embeddings.token_type_embeddings.weight"
 MISTAKES = {  # what is done to a good folder, the file that the message names, what else it says
-    "no folder": (shutil.rmtree, "vocab.txt", "no such file.*bert-base-uncased"),
-    "no vocab.txt": (remove("vocab.txt"), "vocab.txt", "no such file.*bert-base-uncased"),
-    "no config.json": (remove("config.json"), "config.json", "no such file.*bert-base-uncased"),
-    "no weights": (remove(WEIGHTS), WEIGHTS, "no such file.*bert-base-uncased"),
+    "no folder": (shutil.rmtree, "vocab.txt", "No such file.*bert-base-uncased"),
+    "no vocab.txt": (remove("vocab.txt"), "vocab.txt", "No such file.*bert-base-uncased"),
+    "no config.json": (remove("config.json"), "config.json", "No such file.*bert-base-uncased"),
+    "no weights": (remove(WEIGHTS), WEIGHTS, "No such file.*bert-base-uncased"),
     "empty vocab.txt": (put("vocab.txt", ""), "vocab.txt", "PAD.*bert-base-uncased"),
     "vocab.txt of others": (put("vocab.txt", "a\nb\n"), "vocab.txt", "PAD.*bert-base-uncased"),
     "vocab.txt not UTF-8": (put("vocab.txt", b"\xff"), "vocab.txt", "bert-base-uncased"),

@@ -350,7 +350,7 @@ def test_options_out_of_range(run_each, small, tmp_path):
         (["--seed", "-1"], "seed is -1"), (["--seed", 2**64], "seed is"), (["--seed", 10**30], "seed is"),
         (["--seed", 2**64 - 1, "--n", "2"], "seed is"), (["--seed", "1.5"], "--seed"),
         (["--sampler", "euler"], "ddim"),
-        (["--image", "two\nlines"], "two lines: no such picture"),
+        (["--image", "two\nlines"], "two lines: not a picture that can be used: No such file"),
         (["--dtype", "int8"], "--dtype"), (["--device", "cuda"], "device cuda is not there"),
         (["--device", "nonsense"], "device nonsense is not there"),
         (["--device", "meta"], "device meta is not there"),
