@@ -368,11 +368,11 @@ def vae_levels(widths: tuple[int, ...], blocks: int, groups: int, resample: Call
     """`blocks` residual blocks at each of `widths`, and `resample` from one resolution to the next."""
     levels, channels = nn.Sequential(), widths[0]
     for width in widths:
-        ins = [channels] + (blocks - 1) * [width]
-        layers = OrderedDict(blocks=nn.Sequential(*(ResidualBlock(c, width, groups, VAE_EPS) for c in ins)))
-        if len(levels) < len(widths) - 1:
-            layers["resample"] = resample(width)
-        levels.append(nn.Sequential(layers))
+        from_above = [channels] + (blocks - 1) * [width]
+        residuals = (ResidualBlock(into, width, groups, VAE_EPS) for into in from_above)
+        levels.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*residuals))))
+        if len(levels) < len(widths):
+            levels[-1].add_module("resample", resample(width))
         channels = width
     return levels
 
@@ -484,8 +484,8 @@ class UNet(nn.Module):
         levels = list(zip(config.unet_widths, config.unet_attends))
 
         def level(channels: list[int], width: int, attends: bool) -> nn.ModuleDict:
-            blocks = nn.ModuleList(UNetBlock(into, width, attends, config) for into in channels)
-            return nn.ModuleDict({"blocks": blocks})
+            blocks = (UNetBlock(into, width, attends, config) for into in channels)
+            return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
 
         self.down, channels, skips = nn.ModuleList(), width, [width]
         for width, attends in levels:
@@ -496,7 +496,8 @@ class UNet(nn.Module):
                 skips.append(width)
             channels = width
 
-        self.middle = nn.ModuleList(UNetBlock(width, width, attends, config) for attends in (True, False))
+        middle = (UNetBlock(channels, channels, attends, config) for attends in (True, False))
+        self.middle = nn.ModuleList(middle)
 
         self.up = nn.ModuleList()
         for width, attends in reversed(levels):
@@ -652,8 +653,8 @@ def first_few(items: list[str]) -> str:
 
 @contextmanager
 def blamed(what: object, advice: str = "") -> Iterator[None]:
-    """Whatever fails inside becomes a FileNotFoundError or ValueError of one line: what is wrong with what, and
-    what to do."""
+    """Whatever fails inside becomes a FileNotFoundError or ValueError of one line: what is wrong with what,
+    and what to do."""
     try:
         yield
     except Exception as error:  # a damaged file can fail in every way there is
@@ -763,8 +764,8 @@ def read_zip_pickle(path: Path, data: mmap.mmap):
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
         places = {}
         for name, record in records.items():
-            sizes = np.frombuffer(data, "<u2", 2, record.header_offset + 26)  # of the name and of extra fields
-            places[name.removeprefix("data/")] = record.header_offset + 30 + sum(sizes.tolist())
+            name_and_extra = np.frombuffer(data, "<u2", 2, record.header_offset + 26).tolist()  # their sizes
+            places[name.removeprefix("data/")] = record.header_offset + 30 + sum(name_and_extra)
         unpickler = TensorUnpickler(archive.open(records["data.pkl"]), data, places)
         content = unpickler.load()
     for key, size in unpickler.sizes.items():
@@ -1053,7 +1054,7 @@ def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A picture in RGB, upright, on white where transparent. Raises OSError or ValueError for what is none."""
+    """A picture in RGB, upright, on white where transparent; OSError or ValueError for what is none."""
     with blamed(f"{source}: not a picture that can be used"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -1311,11 +1312,9 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
     pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
     places, captions = {path.name: path for path in pictures}, {}
-    lists = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
-    beside = ((path.with_suffix(".txt"), path) for path in pictures)
-    for source, picture in [(file, None) for file in lists] or beside:
-        if not source.is_file():
-            continue
+    of_all = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
+    of_one = [(path.with_suffix(".txt"), path) for path in pictures if path.with_suffix(".txt").is_file()]
+    for source, picture in [(file, None) for file in of_all] or of_one:
         with blamed(source, "README.md says how captions are written"):
             content = source.read_text(encoding="utf-8")
             if picture:
