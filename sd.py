@@ -1030,14 +1030,15 @@ class WithoutNumbers(TorchFunctionMode):
 def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The fields of Config that a folder like bert-base-uncased's tells, and its weights as they stand in a
     StableDiffusion's state dict, in float32. Raises OSError or ValueError, in one line."""
-    advice = "name a folder like bert-base-uncased's"
-    with blamed(path := folder / "vocab.txt", advice):
-        vocabulary = tuple(WordPiece(path.read_text("utf-8").rstrip("\n").split("\n")).ids)
-    with blamed(path := folder / "config.json", advice):
-        heads = json.loads(path.read_text())["num_attention_heads"]
+    advice, vocab, settings = "try bert-base-uncased's folder", folder / "vocab.txt", folder / "config.json"
     files = [folder / "model.safetensors", folder / "pytorch_model.bin"]
-    with blamed(path := next(filter(Path.is_file, files), files[0]), advice):
-        tensors = {rename(f"text_encoder.{name}"): value for name, value in read_file(path)[0].items()}
+    file = next(filter(Path.is_file, files), files[0])
+    with blamed(f"{vocab} is not a BERT's", advice):
+        vocabulary = tuple(WordPiece(vocab.read_text("utf-8").rstrip("\n").split("\n")).ids)
+    with blamed(f"{settings} is not a BERT's", advice):
+        heads = json.loads(settings.read_text())["num_attention_heads"]
+    with blamed(f"{file} is not a BERT's", advice):
+        tensors = {rename(f"text_encoder.{name}"): value for name, value in read_file(file)[0].items()}
         place, types = "text_encoder.position_embedding.weight", "text_encoder.token_type_embeddings.weight"
         tensors[place] = tensors[place][: Config.text_length] + tensors[types][0]  # a prompt is of one type
         config = replace(infer_config(listed(tensors)), vocabulary=vocabulary, text_heads=heads)
@@ -1315,7 +1316,7 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
     of_all = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
     of_one = [(path.with_suffix(".txt"), path) for path in pictures if path.with_suffix(".txt").is_file()]
     for source, picture in [(file, None) for file in of_all] or of_one:
-        with blamed(source, "README.md says how captions are written"):
+        with blamed(f"{source}: not captions that can be used", "README.md shows how they are written"):
             content = source.read_text(encoding="utf-8")
             if picture:
                 pairs = [(picture, content.strip())]
@@ -1593,8 +1594,9 @@ class Trainer:
 
     def resume(self) -> None:
         """Takes up where `save` was called last."""
-        with blamed(self.files[".state"], "leave out --resume, or give the options that it was begun with"):
-            state = torch.load(self.files[".state"], self.weights[0].device, weights_only=True)
+        file = self.files[".state"]
+        with blamed(f"{file}: not the state of such a training", "leave out --resume, or another option"):
+            state = torch.load(file, self.weights[0].device, weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
                     weight.data.copy_(saved)
