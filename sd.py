@@ -660,7 +660,7 @@ def blamed(what: object, advice: str = "") -> Iterator[None]:
     except Exception as error:  # a damaged file can fail in every way there is
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise kind(one_line(f"{what}: {reason}{advice and '; '}{advice}")) from error
+        raise kind(f"{what}: {reason}{advice and '; '}{advice}") from error
 
 
 @contextmanager

@@ -626,6 +626,11 @@ def test_own_file_with_a_config_that_lies(lie, tmp_path):
     assert refusal(path)
 
 
+def test_a_missing_file_is_a_missing_file_from_python_too(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing: no such file or folder"):
+        sd.StableDiffusion.load(tmp_path / "missing")
+
+
 # ----------------------------------------------------------------------------------------- truncated, damaged
 
 

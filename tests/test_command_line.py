@@ -336,7 +336,7 @@ def test_options_out_of_range(run_each, small, tmp_path):
         (["--steps", "0"], "steps is 0"), (["--steps", "-1"], "steps is -1"),
         (["--steps", "1001"], "steps is 1001"),
         (["--steps", "abc"], "--steps"), (["--frobnicate"], "--frobnicate"), (["--step", "3"], "--step"),
-        (["--no\nsuch"], "--no such"), (["more"], "more"), (["--n", "0"], "n is 0"),
+        (["--no\nsuch"], "--no such; see --help"), (["more"], "more"), (["--n", "0"], "n is 0"),
         (["--n", "-1"], "n is -1"),
         ([*image, "--strength", "0"], "strength is 0"), ([*image, "--strength", "-0.1"], "strength is -0.1"),
         ([*image, "--strength", "1.1"], "strength is 1.1"),
