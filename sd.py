@@ -368,8 +368,8 @@ def vae_levels(widths: tuple[int, ...], blocks: int, groups: int, resample: Call
     """`blocks` residual blocks at each of `widths`, and `resample` from one resolution to the next."""
     levels, channels = nn.Sequential(), widths[0]
     for width in widths:
-        from_above = [channels] + (blocks - 1) * [width]
-        residuals = (ResidualBlock(into, width, groups, VAE_EPS) for into in from_above)
+        channels_in = [channels] + (blocks - 1) * [width]
+        residuals = (ResidualBlock(into, width, groups, VAE_EPS) for into in channels_in)
         levels.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*residuals))))
         if len(levels) < len(widths):
             levels[-1].add_module("resample", resample(width))
@@ -378,7 +378,7 @@ def vae_levels(widths: tuple[int, ...], blocks: int, groups: int, resample: Call
 
 
 def vae_half(channels: int, widths: tuple[int, ...], out_channels: int, groups: int, **body: nn.Module):
-    """(B, channels, ...) -> (B, out_channels, ...): what stands around the `body` of either half."""
+    """Half of the autoencoder, (B, channels, H, W) -> (B, out_channels, h, w) or back, around its `body`."""
     return nn.Sequential(OrderedDict(
         conv_in=nn.Conv2d(channels, widths[0], 3, padding=1),
         **body,
@@ -483,13 +483,14 @@ class UNet(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
         levels = list(zip(config.unet_widths, config.unet_attends))
 
-        def level(channels: list[int], width: int, attends: bool) -> nn.ModuleDict:
-            blocks = (UNetBlock(into, width, attends, config) for into in channels)
+        def level(channels_in: list[int], width: int, attends: bool) -> nn.ModuleDict:
+            blocks = (UNetBlock(into, width, attends, config) for into in channels_in)
             return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
 
         self.down, channels, skips = nn.ModuleList(), width, [width]
         for width, attends in levels:
-            self.down.append(level([channels] + (config.unet_blocks - 1) * [width], width, attends))
+            channels_in = [channels] + (config.unet_blocks - 1) * [width]
+            self.down.append(level(channels_in, width, attends))
             skips += config.unet_blocks * [width]
             if len(self.down) < len(levels):
                 self.down[-1]["resample"] = nn.Conv2d(width, width, 3, stride=2, padding=1)
@@ -501,8 +502,8 @@ class UNet(nn.Module):
 
         self.up = nn.ModuleList()
         for width, attends in reversed(levels):
-            from_below = [channels] + config.unet_blocks * [width]
-            self.up.append(level([into + skips.pop() for into in from_below], width, attends))
+            channels_in = [into + skips.pop() for into in [channels] + config.unet_blocks * [width]]
+            self.up.append(level(channels_in, width, attends))
             if len(self.up) < len(levels):
                 self.up[-1]["resample"] = Upsample(width)
             channels = width
@@ -659,7 +660,7 @@ def blamed(what: object, advice: str = "") -> Iterator[None]:
         yield
     except Exception as error:  # a damaged file can fail in every way there is
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = getattr(error, "strerror", None) or one_line(error)  # an OSError's without the file again
         raise kind(f"{what}: {reason}{advice and '; '}{advice}") from error
 
 
@@ -1313,9 +1314,10 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
     pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
     places, captions = {path.name: path for path in pictures}, {}
-    of_all = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
-    of_one = [(path.with_suffix(".txt"), path) for path in pictures if path.with_suffix(".txt").is_file()]
-    for source, picture in [(file, None) for file in of_all] or of_one:
+    # A list names its pictures itself; a text belongs to the picture beside it.
+    lists = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
+    texts = [(path.with_suffix(".txt"), path) for path in pictures if path.with_suffix(".txt").is_file()]
+    for source, picture in [(source, None) for source in lists] or texts:
         with blamed(f"{source}: not captions that can be used", "README.md shows how they are written"):
             content = source.read_text(encoding="utf-8")
             if picture:
@@ -1595,7 +1597,7 @@ class Trainer:
     def resume(self) -> None:
         """Takes up where `save` was called last."""
         file = self.files[".state"]
-        with blamed(f"{file}: not the state of such a training", "leave out --resume, or another option"):
+        with blamed(f"{file}: cannot be resumed from", "give the same options, or leave out --resume"):
             state = torch.load(file, self.weights[0].device, weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
