@@ -36,7 +36,9 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from glob import escape, glob
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 
@@ -636,6 +638,7 @@ STORED_AS = {  # in .safetensors and in pickles
     torch.int64: ("I64", "LongStorage"), torch.int32: ("I32", "IntStorage"),
     torch.int16: ("I16", "ShortStorage"), torch.int8: ("I8", "CharStorage"),
     torch.uint8: ("U8", "ByteStorage"), torch.bool: ("BOOL", "BoolStorage"),
+    torch.float8_e4m3fn: ("F8_E4M3",), torch.float8_e5m2: ("F8_E5M2",),
 }  # fmt: skip
 STORED_DTYPES = {name: dtype for dtype, names in STORED_AS.items() for name in names}
 ZIP_MAGIC, PICKLE_MAGIC, LEGACY_MAGIC = b"PK\3\4", b"\x80", 0x1950A86A20F9469CFC6C
@@ -658,6 +661,8 @@ def blamed(what: object, advice: str = "") -> Iterator[None]:
     and what to do."""
     try:
         yield
+    except torch.OutOfMemoryError:  # of a device: the file is as it should be
+        raise
     except Exception as error:  # a damaged file can fail in every way there is
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
         reason = getattr(error, "strerror", None) or one_line(error)  # an OSError's without the file again
@@ -709,7 +714,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         place = [end, end := end + tensor.nbytes]
-        dtype, _ = STORED_AS[tensor.dtype]
+        dtype, *_ = STORED_AS[tensor.dtype]
         header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # aligns the tensors
@@ -896,8 +901,9 @@ RULES = [
     (r"^(vae\.encoder\..+\.resample)\.", r"\1.1."),
 ]
 
-# Of these, known and not needed: schedules, which have no dot, averaged weights, what served training.
-UNNEEDED = r"^\w+$|^model_ema\.|^vae\.loss\.|\bposition_ids$"
+# Of these, known and not needed: schedules, which have no dot, averaged weights, what served training, and
+# what CLIP compares texts and pictures with.
+UNNEEDED = r"^\w+$|^model_ema\.|^vae\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
 
 # What else comes under the same endings: (what it is, what gives it away in our names and shapes).
 FAMILIES = [
@@ -908,7 +914,10 @@ FAMILIES = [
     ("FLUX or Stable Diffusion 3", r"double_blocks\.|joint_blocks\."),
     ("a textual inversion", r"^string_to_param|^emb_params"),
     ("an inpainting UNet (9 input channels)", r"(input_blocks\.0\.0|unet\.conv_in)\.weight \[\d+, 9,"),
+    ("an InstructPix2Pix UNet (8 input channels)", r"^unet\.conv_in\.weight \[\d+, 8,"),
+    ("a model with BERT in CLIP's place", r"^text_encoder\.token_type_embeddings\."),
     ("a VAE alone", r"\A(?!.*^unet\.).*coder\.conv_in"),
+    ("a UNet alone", r"\A(?!.*^unet\.).*^(input_blocks|down)\."),
     ("something without a UNet", r"\A(?!.*^unet\.)"),
 ]
 
@@ -1055,8 +1064,8 @@ def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 # The story from a prompt to a picture: `generate` tells it.
 
 
-def open_picture(source: str | Path | Image.Image) -> Image.Image:
-    """A picture in RGB, upright, on white where transparent; OSError or ValueError for what is none."""
+def open_picture(source: str | Path | Image.Image, ground: str = "white") -> Image.Image:
+    """A picture in RGB, upright, on `ground` where transparent; OSError or ValueError for what is none."""
     with blamed(f"{source}: not a picture that can be used"), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = source if isinstance(source, Image.Image) else Image.open(source)
@@ -1066,7 +1075,7 @@ def open_picture(source: str | Path | Image.Image) -> Image.Image:
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+            image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image.convert("RGBA"))
         return image.convert("RGB")
 
 
@@ -1246,11 +1255,12 @@ class StableDiffusion(nn.Module):
         steps: 1 to 1000, of sampler "ddpm", "ddim" or "dpm++". guidance: how far to go to the prompt and from
         `negative`; 1: no guidance. width, height: pixels, multiples of 8, else the image's or the Config's.
         An image is changed, by `strength` in (0, 1], and with a mask of its size only where that is white.
-        Raises ValueError for arguments out of range, images of no use and results that are not finite.
+        Raises OSError or ValueError for arguments out of range, images of no use, pictures not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        image, mask = (source if source is None else open_picture(source) for source in (image, mask))
-        seed = random.randrange(2**32) if seed is None else seed
+        image = image if image is None else open_picture(image)
+        mask = mask if mask is None else open_picture(mask, ground="black")
+        seed = random.randrange(2**32) if seed is None else int(seed)  # NumPy's integers, too
         width, height = self.check(
             steps=steps, guidance=guidance, sampler=sampler, seed=seed, n=n * len(prompts), width=width,
             height=height, image=image, strength=strength, mask=mask,
@@ -1261,7 +1271,8 @@ class StableDiffusion(nn.Module):
         generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
 
         def draw() -> Tensor:  # on the CPU, picture by picture, so that device and batch make no difference
-            noise = [torch.randn(shape, generator=generator) for generator in generators]
+            plain = {"dtype": torch.float32, "device": "cpu"}  # whatever PyTorch's defaults were set to
+            noise = [torch.randn(shape, generator=generator, **plain) for generator in generators]
             return torch.stack(noise).to(self.device)  # (B, C, h, w)
 
         unconditional = [] if guidance == 1 else len(prompts) * [negative]
@@ -1312,18 +1323,20 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
     captions_*.json, or a NAME.txt beside each NAME.png. Raises OSError or ValueError where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
-    pictures = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in PICTURE_SUFFIXES]
+    files = sorted(map(Path, glob(f"{escape(str(folder))}/**", recursive=True)))  # follows links
+    pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     places, captions = {path.name: path for path in pictures}, {}
     # A list names its pictures itself; a text belongs to the picture beside it.
-    lists = [*filter(Path.is_file, [folder / "metadata.jsonl"])] or sorted(folder.rglob("captions_*.json"))
+    lists = [path for path in files if path == folder / "metadata.jsonl"]
+    lists = lists or [path for path in files if path.match("captions_*.json")]
     texts = [(path.with_suffix(".txt"), path) for path in pictures if path.with_suffix(".txt").is_file()]
     for source, picture in [(source, None) for source in lists] or texts:
         with blamed(f"{source}: not captions that can be used", "README.md shows how they are written"):
-            content = source.read_text(encoding="utf-8")
+            content = source.read_text(encoding="utf-8-sig")  # Windows' begins with a mark
             if picture:
                 pairs = [(picture, content.strip())]
             elif source.suffix == ".jsonl":
-                entries = map(json.loads, filter(str.strip, content.splitlines()))
+                entries = map(json.loads, filter(str.strip, content.split("\n")))
                 pairs = [(folder / entry["file_name"], entry["text"]) for entry in entries]
             else:
                 content = json.loads(content)
@@ -1355,7 +1368,7 @@ def read_pictures(paths: Collection[Path], side: int) -> Iterator[tuple[Path, Te
     if len(failed) > len(paths) / 2:
         raise ValueError(f"{len(failed)} of {len(paths)} pictures cannot be used: {first_few(failed)}")
     if failed:
-        warnings.warn(f"{len(failed)} of {len(paths)} pictures left out: {first_few(failed)}", stacklevel=2)
+        warnings.warn(f"{len(failed)} of {len(paths)} pictures left out: {', '.join(failed)}", stacklevel=2)
 
 
 def cut(picture: Tensor, side: int, place: tuple[float, float] = (0.5, 0.5)) -> Tensor:
@@ -1424,11 +1437,11 @@ class NoisePrediction(nn.Module):
         model.unet.requires_grad_(True)
         model.text_encoder.requires_grad_(args.train_text_encoder)
         self.register_buffer("alphas_cumprod", noise_schedule(model.config).float().to(model.device))
-        captions, self.ids, moments = read_captions(args.data), [], []
+        captions, self.ids, self.moments = read_captions(args.data), [], []
         self.prompts = [text for texts in captions.values() for text in texts][:16]
         if args.prompts:
             with blamed(args.prompts, "write a prompt on each line, in UTF-8"):
-                lines = args.prompts.read_text(encoding="utf-8").splitlines()
+                lines = args.prompts.read_text(encoding="utf-8-sig").splitlines()
                 self.prompts = [*filter(str.strip, lines)]
                 if not self.prompts:
                     raise ValueError("there is no prompt in it")
@@ -1439,14 +1452,15 @@ class NoisePrediction(nn.Module):
             for version in (images, images.flip(-1)) if args.flip else (images,):
                 with torch.no_grad():
                     version = version.to(model.device) / 127.5 - 1  # (B, 3, H, W)
-                    moments.append(torch.cat(model.vae.encode(version), dim=1).cpu())  # (B, 2C, h, w)
+                    self.moments += torch.cat(model.vae.encode(version), dim=1).cpu()  # (2C, h, w) each
                 self.ids += ids
-        self.moments, self.no_text = torch.cat(moments), torch.tensor(model.tokenizer(""))
+        self.no_text = torch.tensor(model.tokenizer(""))
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, ...]:
         """Latents, scaled, and noise (B, C, h, w) each, timesteps (B,), ids (B, T)"""
-        picks = torch.randint(len(self.moments), (count,), generator=generator)
-        mean, logvar = self.moments[picks].chunk(2, dim=1)  # (B, C, h, w) each
+        picks = torch.randint(len(self.moments), (count,), generator=generator).tolist()
+        moments = torch.stack([self.moments[pick] for pick in picks])  # (B, 2C, h, w)
+        mean, logvar = moments.chunk(2, dim=1)
         latent = mean + (0.5 * logvar).exp() * torch.randn(mean.shape, generator=generator)
         t = torch.randint(self.model.config.timesteps, (count,), generator=generator)
         choices = (self.ids[pick] for pick in picks)  # (captions of the picture, T) each
@@ -1486,9 +1500,9 @@ def new_model(config: Config, seed: int) -> StableDiffusion:
 
 def first_model(args: argparse.Namespace) -> StableDiffusion:
     """The model that training starts from: --init's, or a new one of --config; and with --text-encoder bert,
-    BERT in place of its text encoder."""
-    if args.init:
-        model = StableDiffusion.load(args.init)
+    BERT in place of its text encoder. With --resume it is what was saved."""
+    if source := args.out if args.resume and args.out.exists() else args.init:
+        model = deepcopy(StableDiffusion.load(source))  # in memory, so that the file may be replaced
     else:
         with blamed(f"config {args.config}"):
             is_file = args.config.endswith(".json")
@@ -1597,12 +1611,15 @@ class Trainer:
     def resume(self) -> None:
         """Takes up where `save` was called last."""
         file = self.files[".state"]
-        with blamed(f"{file}: cannot be resumed from", "give the same options, or leave out --resume"):
-            state = torch.load(file, self.weights[0].device, weights_only=True)
+        with blamed(f"{file}: cannot be resumed from", "give the same options, or another --out"):
+            state = torch.load(file, "cpu", weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
                     weight.data.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
+            for weight, moments in self.optimizer.state.items():
+                for name in ("exp_avg", "exp_avg_sq"):  # laid out as the weight is on this device
+                    moments[name] = torch.empty_like(weight).copy_(moments[name])
             self.losses = state["losses"]
 
 
@@ -1618,8 +1635,8 @@ def train(args: argparse.Namespace) -> int:
     if args.resolution % (unit := model.config.downscale):
         raise ValueError(f"resolution is {args.resolution}, which is not a multiple of {unit}")
     objective = OBJECTIVES[args.part](model, args)
-    if device.type == "cuda":  # on a CPU it is no faster
-        objective.to(memory_format=torch.channels_last)
+    # On a CPU channels_last is no faster.
+    objective.to(memory_format=torch.channels_last if device.type == "cuda" else torch.contiguous_format)
     trainer = Trainer(objective, args)
     if args.resume:
         trainer.resume()
@@ -1638,13 +1655,14 @@ def train(args: argparse.Namespace) -> int:
         trainer.save()
     for step in range(first + 1, args.steps + 1):
         generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
-        report = torch.tensor([0.0, len(signals)], device=device)  # the loss, and whether to stop
+        report = torch.zeros(2, device=device)  # the loss, and whether to stop
         for _ in range(args.accumulate):
             batch = [tensor[rank::processes].to(device) for tensor in objective.draw(count, generator)]
             with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = loss_of(*batch) / args.accumulate
             loss.backward()
             report[0] += loss.detach() / processes
+        report[1] = len(signals)
         if processes > 1:
             distributed.all_reduce(report)
         loss, stopped = report.tolist()
@@ -1667,6 +1685,7 @@ def train(args: argparse.Namespace) -> int:
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 WEBUI_QUOTED = r'[,:"\n]'
+MODEL_SUFFIX = r"\.(safetensors|ckpt)$"
 WEBUI_SAMPLERS = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}
 
 
@@ -1724,7 +1743,7 @@ def parse_train(arguments: list[str]) -> argparse.Namespace:
     option("--flip", action="store_true", help="mirrored pictures, too")
     option("--lr", metavar="LR", default=1e-4, type=float, help="highest learning rate (1e-4)")
     option("--warmup", metavar="N", default=100, type=int, help="steps up to it; then down, a cosine (100)")
-    option("--weight-decay", metavar="W", default=0.01, type=float, help="of matrices only (0.01)")
+    option("--weight-decay", metavar="W", default=0.01, type=float, help="of layers' matrices only (0.01)")
     option("--clip", metavar="C", default=1.0, type=float, help="greatest norm of the gradient (1.0)")
     option("--ema", metavar="E", default=0.999, type=float, help="decay of the average; 0: none (0.999)")
     option("--drop-text", metavar="P", default=0.1, type=float, help="share without text, for guidance (0.1)")
@@ -1791,13 +1810,13 @@ def webui_parameters(args: argparse.Namespace, seed: int, width: int, height: in
     """What made a picture, in the form that AUTOMATIC1111's web UI writes and reads."""
     settings = {
         "Steps": args.steps, "Sampler": WEBUI_SAMPLERS[args.sampler], "CFG scale": args.guidance,
-        "Seed": seed, "Size": f"{width}x{height}", "Model": args.weights.stem,
+        "Seed": seed, "Size": f"{width}x{height}", "Model": re.sub(MODEL_SUFFIX, "", args.weights.name),
     }  # fmt: skip
     if args.image:
         settings["Denoising strength"] = args.strength
     pairs = []
     for name, value in settings.items():
-        value = str(value).removesuffix(".0")
+        value = str(value).removesuffix(".0") if isinstance(value, float) else str(value)
         pairs.append(f"{name}: {json.dumps(value) if re.search(WEBUI_QUOTED, value) else value}")
     negative = f"\nNegative prompt: {args.negative}" if args.negative else ""
     return f"{args.prompt}{negative}\n{', '.join(pairs)}"
@@ -1819,7 +1838,8 @@ def run(args: argparse.Namespace) -> int:
     args.strength = 0.8 if args.strength is None else args.strength
     names = ("steps", "guidance", "sampler", "width", "height", "image", "strength", "mask")
     settings = {name: getattr(args, name) for name in names}
-    settings |= {name: open_picture(settings[name]) for name in ("image", "mask") if settings[name]}
+    grounds = {"image": "white", "mask": "black"}
+    settings |= {name: open_picture(settings[name], grounds[name]) for name in grounds if settings[name]}
     seed = random.randrange(2**32) if args.seed is None else args.seed
     rank, processes = join_processes()
     names = max(args.n, 0) * [args.out]
@@ -1853,10 +1873,11 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"sd.py: error: {one_line(error)}", file=sys.stderr)
         return 2
-    except RuntimeError as error:
-        if "allocate" not in str(error):  # how every device says that its memory is full
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as every device says it
             raise
-        print("sd.py: error: out of memory; try a smaller size, --dtype bf16 or --offload", file=sys.stderr)
+        advice = "--batch-size, --ema 0" if arguments[:1] == ["train"] else "size, --offload"
+        print(f"sd.py: error: out of memory; try a smaller {advice} or --dtype bf16", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

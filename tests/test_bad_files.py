@@ -282,6 +282,17 @@ def inpainting_checkpoint(path, tensors):
     torch.save(tensors | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, path)
 
 
+@kind("InstructPix2Pix", "8 input channels")
+def instruct_pix2pix_checkpoint(path, tensors):
+    torch.save(tensors | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 8, 3, 3)}, path)
+
+
+@kind("BERT in CLIP's place")
+def checkpoint_with_bert(path, tensors):
+    types = "cond_stage_model.transformer.embeddings.token_type_embeddings.weight"
+    torch.save(tensors | {types: torch.zeros(2, 64)}, path)
+
+
 def only(tensors, prefix: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
@@ -294,6 +305,11 @@ def vae_checkpoint(path, tensors):
 @kind("VAE")
 def vae_checkpoint_with_prefix(path, tensors):
     save_file({name: value for name, value in tensors.items() if name.startswith("first_stage_model.")}, path)
+
+
+@kind("a UNet alone")
+def unet_checkpoint(path, tensors):
+    save_file(only(tensors, "model.diffusion_model."), path)
 
 
 @kind("ControlNet")
@@ -410,7 +426,13 @@ def test_command_line_says_what_is_wrong_with_a_folder(change, words, folder, tm
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("part, word", [("vae", "VAE"), ("unet", "whole"), ("text_encoder", "whole")])
+def test_a_full_device_is_not_the_files_fault():
+    """Stood in for by the error that PyTorch raises there."""
+    with pytest.raises(torch.OutOfMemoryError, match="^full$"), sd.blamed("a file"):
+        raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize("part, word", [("vae", "VAE"), ("unet", "UNet alone"), ("text_encoder", "whole")])
 def test_a_part_of_a_folder_is_no_checkpoint(part, word, small_folder):
     [path] = (small_folder / part).glob("*.safetensors")
     assert word in refusal(path)

@@ -367,6 +367,11 @@ FINE_TUNES = {
         "first_stage_model.loss.logvar": torch.zeros(()),
         "first_stage_model.loss.discriminator.main.0.weight": torch.zeros(8, 3, 4, 4),
     },
+    "what CLIP compares with pictures": lambda tensors: tensors | {
+        "cond_stage_model.transformer.text_projection.weight": torch.zeros(64, 64),
+        "cond_stage_model.transformer.text_model.text_projection": torch.zeros(64, 64),
+        "cond_stage_model.logit_scale": torch.zeros(()),
+    },
     "no text_model": renamed(r"transformer\.text_model\.", "transformer."),
     "another order": lambda tensors: dict(sorted(tensors.items(), reverse=True)),
     "1x1 convolutions as matrices": lambda tensors: {
@@ -399,6 +404,14 @@ def test_other_dtypes(dtype, kind, tmp_path, tensors, expected):
     rounded = weights_to(dtype, expected)
     assert_same(load(path, dtype=dtype).state_dict(), rounded)
     assert_same(load(path).state_dict(), weights_to(torch.float32, rounded))
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_of_eight_bits(dtype, tmp_path, tensors, expected):
+    """As some keep them in .safetensors to save room; they are computed with in other dtypes only."""
+    save_file(weights_to(dtype, tensors), tmp_path / "model.safetensors")
+    rounded = weights_to(torch.float16, weights_to(dtype, expected))
+    assert_same(load(tmp_path / "model.safetensors", dtype=torch.float16).state_dict(), rounded)
 
 
 def test_dtypes_side_by_side(tmp_path, tensors, expected):

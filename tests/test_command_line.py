@@ -195,7 +195,7 @@ def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
 def test_a_picture_can_be_made_again_from_what_it_carries(
     run_sd, small, tmp_path, prompt, negative, guidance
 ):
-    weights = tmp_path / 'of, "mine": v2.safetensors'
+    weights = tmp_path / 'of, "mine": v2.0.safetensors'
     weights.symlink_to(small)
     arguments = [
         "--weights",
@@ -229,6 +229,12 @@ def test_a_picture_can_be_made_again_from_what_it_carries(
     ]
     run_sd("--prompt", read_prompt, "--negative", read_negative, "--out", "again.png", *again, *QUICK)
     assert (pixels(tmp_path / "again.png") == pixels(picture)).all()
+
+
+@pytest.mark.parametrize("weights, name", [("sd-v1.5", "sd-v1.5"), ("a/mix-1.0.ckpt", "mix-1.0")])
+def test_a_model_has_its_whole_name(weights, name):
+    text = sd.webui_parameters(sd.parse(["--prompt", "a", "--weights", weights]), 1, 64, 64)
+    assert parse_parameters(text)[2]["Model"] == name
 
 
 @pytest.mark.parametrize("sampler, theirs", [("ddpm", "DDPM"), ("ddim", "DDIM")])

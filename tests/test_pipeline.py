@@ -318,6 +318,18 @@ def test_a_soft_mask_blends(small_model):
     assert abs(pixels(redraw(small_model, image, mask)) - expected).max() <= 1
 
 
+def test_a_mask_is_black_where_it_is_transparent(small_model, tmp_path):
+    """As paint programs save what was painted white on a layer of its own."""
+    image, mask = photograph(64, 64), Image.new("L", (64, 64), 0)
+    mask.paste(255, (8, 8, 40, 40))
+    layer = Image.new("RGBA", mask.size, (255, 255, 255, 0))
+    layer.putalpha(mask)
+    layer.save(tmp_path / "layer.png")
+    expected = redraw(small_model, image, mask)
+    for source in (layer, tmp_path / "layer.png"):
+        assert difference(redraw(small_model, image, source), expected) == 0
+
+
 def test_the_mask_must_fit_the_image(small_model):
     with pytest.raises(ValueError, match="mask is .*64.*63.*image.*64.*64"):
         redraw(small_model, photograph(64, 64), Image.new("L", (64, 63)))
@@ -385,6 +397,16 @@ def test_arguments_out_of_range(small_model, arguments, message):
 
 
 # ---------------------------------------------------------------------------------------- numbers and devices
+
+
+def test_pytorchs_defaults_change_nothing(small_model):
+    [expected] = small_model.generate(PROMPT, **QUICK)
+    torch.set_default_dtype(torch.float64)
+    try:
+        [picture] = small_model.generate(PROMPT, **QUICK | {"seed": np.int64(5)})
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert difference(picture, expected) <= 1
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float16, 1), (torch.bfloat16, 5)])
