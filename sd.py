@@ -35,7 +35,7 @@ import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from glob import escape, glob
@@ -49,7 +49,6 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from torch import Tensor, distributed, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
@@ -67,7 +66,7 @@ class Config:
     image_size: int = 512  # width and height of a picture, in pixels, when none are asked for
 
     vocab_size: int = 49408
-    vocabulary: tuple[str, ...] = ()  # BERT's tokens, in the order of their ids; empty for CLIP
+    vocabulary: tuple[str, ...] = ()  # BERT's tokens, in the order of their ids; for CLIP none
     text_length: int = 77  # tokens, start and end included
     text_width: int = 768
     text_layers: int = 12
@@ -76,11 +75,11 @@ class Config:
     latent_channels: int = 4
     latent_scale: float = 0.18215  # brings the latents to unit variance (Rombach et al. 2022, app. G)
     vae_widths: tuple[int, ...] = (128, 256, 512, 512)  # channels at each resolution, the picture's own first
-    vae_blocks: int = 2
+    vae_blocks: int = 2  # residual blocks at each resolution on the way down; one more on the way up
 
     unet_widths: tuple[int, ...] = (320, 640, 1280, 1280)
     unet_attends: tuple[bool, ...] = (True, True, True, False)  # which resolutions look at the text
-    unet_blocks: int = 2
+    unet_blocks: int = 2  # likewise
     unet_heads: int = 8
     norm_groups: int = 32
 
@@ -112,7 +111,7 @@ BYTE_SYMBOLS = {byte: chr(byte) for byte in VISIBLE} | {byte: chr(256 + i) for i
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 SPECIAL = re.compile(f"({re.escape(START)}|{re.escape(END)})")
-# In the wrong case a special token is three words, whatever stands around it.
+# <|ENDOFTEXT|> is three words, as a special token is one in its own case only.
 WORD = regex.compile(
     r"(<\|)(startoftext|endoftext)(\|>)|('s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+)"
 )
@@ -172,7 +171,7 @@ class Tokenizer:
 
 
 BERT_SPECIAL = r"\[(?:PAD|UNK|CLS|SEP|MASK)\]"
-# What is a word by itself: punctuation and Chinese characters, but for the 256 that the library overlooks.
+# Words by themselves: punctuation and Chinese characters, as in Hugging Face's without U+2B820 to U+2B91F.
 ALONE = r"\p{P}$+<=>^`|~\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002b81f\U0002b920-\U0002ceaf"
 
 
@@ -236,8 +235,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, context: Tensor | None = None, causal: bool = False, seen=None) -> Tensor:
-        """(B, T, D) and, to be asked, (B, S, context_width) -> (B, T, D); `causal` hides later tokens, a
-        bool `seen` (B, 1, 1, T) those where it is False."""
+        """(B, T, D) and, for cross-attention, (B, S, context_width) -> (B, T, D); `causal` hides later
+        tokens, a bool `seen` (B, 1, 1, T) those where it is False."""
         if context is None:
             q, k, v = self.qkv(x).chunk(3, dim=-1)  # (B, T, D) each
         else:
@@ -284,6 +283,19 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, size or (2 * height, 2 * width)))
 
 
+def resolutions(widths: tuple[int, ...], count: int, block: Callable, resample: Callable) -> nn.Sequential:
+    """`count` blocks at each of `widths`, and `resample(width)` from one resolution to the next. A block of
+    the i-th is `block(i, channels, width)`, which turns `channels` into `width`."""
+    layers, channels = nn.Sequential(), widths[0]
+    for i, width in enumerate(widths):
+        blocks = (block(i, channels_in, width) for channels_in in [channels] + (count - 1) * [width])
+        layers.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks))))
+        if i < len(widths) - 1:
+            layers[-1].add_module("resample", resample(width))
+        channels = width
+    return layers
+
+
 # --------------------------------------------------------------------------------------------- 4 text encoder
 # CLIP ViT-L/14's text transformer (Radford et al. 2021, sec. 2.4, arXiv:2103.00020): ids to vectors.
 
@@ -315,13 +327,22 @@ class BERTBlock(TextBlock):
         return self.norm2(x + self.fc2(F.gelu(self.fc1(x))))
 
 
+class Embedding(nn.Embedding):
+    """A table of vectors. On the meta device it has no numbers: to draw them, PyTorch would first spend a
+    second on importing what it compiles with."""
+
+    def reset_parameters(self) -> None:
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
+
 class CLIPTextEncoder(nn.Module):
     """Turns token ids into the context that the denoiser looks at."""
 
     def __init__(self, config: Config, block: type[TextBlock] = TextBlock, eps: float = 1e-5):
         super().__init__()
-        self.token_embedding = nn.Embedding(len(config.vocabulary) or config.vocab_size, config.text_width)
-        self.position_embedding = nn.Embedding(config.text_length, config.text_width)
+        self.token_embedding = Embedding(len(config.vocabulary) or config.vocab_size, config.text_width)
+        self.position_embedding = Embedding(config.text_length, config.text_width)
         blocks = (block(config.text_width, config.text_heads, eps) for _ in range(config.text_layers))
         self.layers = nn.Sequential(*blocks)
         self.norm = nn.LayerNorm(config.text_width, eps)
@@ -366,19 +387,6 @@ class ImageAttention(Attention):
         return x + super().forward(tokens).transpose(1, 2).view_as(x)
 
 
-def vae_levels(widths: tuple[int, ...], blocks: int, groups: int, resample: Callable[[int], nn.Module]):
-    """`blocks` residual blocks at each of `widths`, and `resample` from one resolution to the next."""
-    levels, channels = nn.Sequential(), widths[0]
-    for width in widths:
-        channels_in = [channels] + (blocks - 1) * [width]
-        residuals = (ResidualBlock(into, width, groups, VAE_EPS) for into in channels_in)
-        levels.append(nn.Sequential(OrderedDict(blocks=nn.Sequential(*residuals))))
-        if len(levels) < len(widths):
-            levels[-1].add_module("resample", resample(width))
-        channels = width
-    return levels
-
-
 def vae_half(channels: int, widths: tuple[int, ...], out_channels: int, groups: int, **body: nn.Module):
     """Half of the autoencoder, (B, channels, H, W) -> (B, out_channels, h, w) or back, around its `body`."""
     return nn.Sequential(OrderedDict(
@@ -391,22 +399,26 @@ def vae_half(channels: int, widths: tuple[int, ...], out_channels: int, groups: 
 
 
 class VAE(nn.Module):
-    """The autoencoder: pictures in [-1, 1] to latents `config.downscale` times smaller, and back."""
+    """The autoencoder: pictures in [-1, 1] to latents `config.downscale` times smaller, and back. A picture
+    gives a normal distribution of latents, by its moments."""
 
     def __init__(self, config: Config):
         super().__init__()
         widths, blocks, groups = config.vae_widths, config.vae_blocks, config.norm_groups
         channels = config.latent_channels
 
+        def block(i: int, channels: int, width: int) -> nn.Module:
+            return ResidualBlock(channels, width, groups, VAE_EPS)
+
         def middle() -> nn.Module:  # next to the latent, on both sides
-            first, last = (ResidualBlock(widths[-1], widths[-1], groups, VAE_EPS) for _ in range(2))
+            first, last = (block(0, widths[-1], widths[-1]) for _ in range(2))
             return nn.Sequential(first, ImageAttention(widths[-1], groups), last)
 
         def halve(width: int) -> nn.Module:  # SD pads on the right and at the bottom only
             return nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(width, width, 3, stride=2))
 
-        down = vae_levels(widths, blocks, groups, halve)
-        up = vae_levels(widths[::-1], blocks + 1, groups, Upsample)
+        down = resolutions(widths, blocks, block, halve)
+        up = resolutions(widths[::-1], blocks + 1, block, Upsample)
         self.encoder = vae_half(3, widths, 2 * channels, groups, down=down, middle=middle())
         self.quant = nn.Conv2d(2 * channels, 2 * channels, 1)
         self.post_quant = nn.Conv2d(channels, channels, 1)
@@ -424,7 +436,7 @@ class VAE(nn.Module):
 
 # ------------------------------------------------------------------------------------------------- 6 denoiser
 # A U-Net (Ronneberger et al. 2015, arXiv:1505.04597) that looks at the text (Rombach et al. 2022, sec. 3.3).
-# On the way up each block also gets a skip: what a layer on the way down made of its size.
+# On the way up each block also gets a skip: what a layer of the same size on the way down gave.
 
 
 def timestep_embedding(t: Tensor, width: int) -> Tensor:
@@ -480,58 +492,48 @@ class UNet(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.width = width = config.unet_widths[0]
+        widths, attends, blocks = config.unet_widths, config.unet_attends, config.unet_blocks
+        self.width = width = widths[0]
         self.time_mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         self.conv_in = nn.Conv2d(config.latent_channels, width, 3, padding=1)
-        levels = list(zip(config.unet_widths, config.unet_attends))
+        # The skips' channels: conv_in's, then those of each block and each halving; the last has none.
+        skips = [width] + [channels for channels in widths for _ in range(blocks + 1)][:-1]
 
-        def level(channels_in: list[int], width: int, attends: bool) -> nn.ModuleDict:
-            blocks = (UNetBlock(into, width, attends, config) for into in channels_in)
-            return nn.ModuleDict({"blocks": nn.ModuleList(blocks)})
+        def down(i: int, channels: int, width: int) -> nn.Module:
+            return UNetBlock(channels, width, attends[i], config)
 
-        self.down, channels, skips = nn.ModuleList(), width, [width]
-        for width, attends in levels:
-            channels_in = [channels] + (config.unet_blocks - 1) * [width]
-            self.down.append(level(channels_in, width, attends))
-            skips += config.unet_blocks * [width]
-            if len(self.down) < len(levels):
-                self.down[-1]["resample"] = nn.Conv2d(width, width, 3, stride=2, padding=1)
-                skips.append(width)
-            channels = width
+        def up(i: int, channels: int, width: int) -> nn.Module:
+            return UNetBlock(channels + skips.pop(), width, attends[-1 - i], config)
 
-        middle = (UNetBlock(channels, channels, attends, config) for attends in (True, False))
+        def halve(width: int) -> nn.Module:
+            return nn.Conv2d(width, width, 3, stride=2, padding=1)
+
+        self.down = resolutions(widths, blocks, down, halve)
+        middle = (UNetBlock(widths[-1], widths[-1], attends, config) for attends in (True, False))
         self.middle = nn.ModuleList(middle)
-
-        self.up = nn.ModuleList()
-        for width, attends in reversed(levels):
-            channels_in = [into + skips.pop() for into in [channels] + config.unet_blocks * [width]]
-            self.up.append(level(channels_in, width, attends))
-            if len(self.up) < len(levels):
-                self.up[-1]["resample"] = Upsample(width)
-            channels = width
-
-        self.norm_out = nn.GroupNorm(config.norm_groups, channels, eps=1e-5)
-        self.conv_out = nn.Conv2d(channels, config.latent_channels, 3, padding=1)
+        self.up = resolutions(widths[::-1], blocks + 1, up, Upsample)
+        self.norm_out = nn.GroupNorm(config.norm_groups, width, eps=1e-5)
+        self.conv_out = nn.Conv2d(width, config.latent_channels, 3, padding=1)
 
     def forward(self, latent: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """Noisy latent (B, C, h, w), timesteps (B,), context (B, T, D) -> predicted noise (B, C, h, w)"""
         time = self.time_mlp(timestep_embedding(t, self.width).to(latent.dtype))  # (B, time_width)
         x = self.conv_in(latent)
         skips = [x]
-        for level in self.down:
-            for block in level["blocks"]:
+        for resolution in self.down:
+            for block in resolution.blocks:
                 x = block(x, time, context)
                 skips.append(x)
-            if "resample" in level:
-                x = level["resample"](x)
+            if hasattr(resolution, "resample"):
+                x = resolution.resample(x)
                 skips.append(x)
         for block in self.middle:
             x = block(x, time, context)
-        for level in self.up:
-            for block in level["blocks"]:
+        for resolution in self.up:
+            for block in resolution.blocks:
                 x = block(torch.cat([x, skips.pop()], dim=1), time, context)
-            if "resample" in level:
-                x = level["resample"](x, skips[-1].shape[-2:])  # the skip's size, also where that is odd
+            if hasattr(resolution, "resample"):
+                x = resolution.resample(x, skips[-1].shape[-2:])  # the skip's size, also where that is odd
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
@@ -555,23 +557,21 @@ def add_noise(latent: Tensor, noise: Tensor, alphas_cumprod: float | Tensor) -> 
 class Sampler:
     """A reverse process: `timesteps`, noisiest first, and `step(i, latent, noise_pred, draw)`, which takes a
     latent (B, C, h, w) from the i-th of them to the next; `draw` makes fresh noise for it. `levels[i]` is
-    alphas_cumprod where step i starts, `levels[i + 1]` where it ends."""
+    alphas_cumprod where step i starts, `levels[i + 1]` where it ends; 1 is no noise."""
+
+    ends_noisy = False
 
     def __init__(self, config: Config, steps: int, strength: float = 1.0):
         """Spreads `steps` over the schedule and keeps the last ones, a share `strength` but at least one."""
         schedule = noise_schedule(config)
         self.timesteps = self.spacing(steps, config.timesteps)[-max(1, int(steps * strength)) :]
-        self.levels = [schedule[t].item() for t in self.timesteps] + [self.final(schedule)]
+        self.levels = schedule[self.timesteps].tolist() + [schedule[0].item() if self.ends_noisy else 1.0]
 
     def spacing(self, steps: int, timesteps: int) -> list[int]:
         """Evenly spaced, starting one above the bottom, as SD has it: 981, 961, ..., 1 for 50 of 1000."""
         stride = timesteps // steps
         offset = min(1, timesteps - 1 - (steps - 1) * stride)
         return [offset + i * stride for i in reversed(range(steps))]
-
-    def final(self, schedule: Tensor) -> float:
-        """The level that the last step ends at: no noise."""
-        return 1.0
 
     def predict_clean(self, i: int, latent: Tensor, noise_pred: Tensor) -> Tensor:
         """x_0 as the predicted noise has it, by the forward process solved for it."""
@@ -592,12 +592,9 @@ class DDPM(Sampler):
 
 
 class DDIM(DDPM):
-    """The same without fresh noise; SD's ends at the schedule's lowest noise level, not at none."""
+    """The same without fresh noise; SD's leaves the little noise of the schedule's first timestep."""
 
-    eta = 0.0
-
-    def final(self, schedule: Tensor) -> float:
-        return schedule[0].item()
+    eta, ends_noisy = 0.0, True
 
 
 class DPMPlusPlus(Sampler):
@@ -713,9 +710,9 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     """Writes what `read_safetensors` reads, atomically."""
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
-        place = [end, end := end + tensor.nbytes]
+        begin, end = end, end + tensor.nbytes
         dtype, *_ = STORED_AS[tensor.dtype]
-        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": place}
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # aligns the tensors
     with written_whole(path) as file:
@@ -736,65 +733,64 @@ class Foreign:
 class TensorUnpickler(pickle._Unpickler):  # the one in Python: in C, one damaged byte can ask for gigabytes
     """Unpickles tensors in plain containers; of what else the file names, nothing is imported or called.
 
-    `places` says at which bytes of the map a storage begins; without it, tensors have shapes only. Afterwards
-    `sizes` says how many bytes of each are used.
-    """
+    `storage(key, size, dtype)` gives the flat tensor, of `size` bytes, that the pickle calls `key`."""
 
-    def __init__(self, file, data: mmap.mmap, places: dict[str, int] | None = None):
+    KNOWN = {f"torch.{name}": dtype for name, dtype in STORED_DTYPES.items()} | {
+        "collections.OrderedDict": OrderedDict,
+        "torch._utils._rebuild_tensor_v2": lambda flat, at, *view: flat.as_strided(*view[:2], at),
+        "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
+    }
+
+    def __init__(self, file, storage: Callable[[str, int, torch.dtype], Tensor]):
         super().__init__(file, encoding="latin-1")
-        self.data, self.places, self.sizes = data, places, {}
+        self.storage = storage
 
     def find_class(self, module: str, name: str):
-        if module == "torch" and name in STORED_DTYPES:
-            return STORED_DTYPES[name]
-        inert = {
-            "collections.OrderedDict": OrderedDict,
-            "torch._utils._rebuild_tensor_v2": lambda flat, at, *view: flat.as_strided(*view[:2], at),
-            "torch._utils._rebuild_parameter": lambda tensor, *_: tensor,
-        }
-        return inert.get(f"{module}.{name}") or type(name, (Foreign,), {"__module__": module})
+        return self.KNOWN.get(f"{module}.{name}") or type(name, (Foreign,), {"__module__": module})
 
     def persistent_load(self, pid: tuple):
         if pid[0] == "module":  # old files pack a class with its source
             return pid[1]
-        _, dtype, key, _, numel = pid[:5]
-        self.sizes[key] = numel * dtype.itemsize
-        if self.places is None:
-            return torch.empty(numel, device="meta")
-        return mapped(self.data, self.places[key], self.sizes[key], dtype)
+        _storage, dtype, key, _device, numel = pid[:5]
+        return self.storage(key, numel * dtype.itemsize, dtype)
 
 
 def read_zip_pickle(path: Path, data: mmap.mmap):
     """The object that torch.save writes: a zip of a pickle and, uncompressed, a record for each storage."""
     with zipfile.ZipFile(path) as archive:
         records = {record.filename.partition("/")[2]: record for record in archive.infolist()}
-        places = {}
-        for name, record in records.items():
-            name_and_extra = np.frombuffer(data, "<u2", 2, record.header_offset + 26).tolist()  # their sizes
-            places[name.removeprefix("data/")] = record.header_offset + 30 + sum(name_and_extra)
-        unpickler = TensorUnpickler(archive.open(records["data.pkl"]), data, places)
-        content = unpickler.load()
-    for key, size in unpickler.sizes.items():
-        record = records[f"data/{key}"]
-        if record.file_size < size or record.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{record.filename} does not hold {size} bytes, uncompressed")
-    return content
+
+        def storage(key: str, size: int, dtype: torch.dtype) -> Tensor:
+            record = records[f"data/{key}"]
+            if record.file_size < size or record.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{record.filename} does not hold {size} bytes, uncompressed")
+            # A record's header is 30 bytes, the last four of them the sizes of the name and more behind it.
+            behind = np.frombuffer(data, "<u2", 2, record.header_offset + 26).sum(dtype=int)
+            return mapped(data, record.header_offset + 30 + int(behind), size, dtype)
+
+        return TensorUnpickler(archive.open(records["data.pkl"]), storage).load()
 
 
 def read_legacy_pickle(data: mmap.mmap):
     """The object that torch.save wrote up to version 1.5: pickles of a magic number, a version, the machine,
     the object and the keys of its storages, then each storage's length, in 8 bytes, and its bytes."""
-    if TensorUnpickler(data, data).load() != LEGACY_MAGIC:
+    sizes, places = {}, {}
+
+    def measured(key: str, size: int, dtype: torch.dtype) -> Tensor:
+        sizes[key] = size
+        return torch.empty(size // dtype.itemsize, device="meta")
+
+    if TensorUnpickler(data, measured).load() != LEGACY_MAGIC:
         raise ValueError("it is a pickle, but not one of PyTorch's")
-    TensorUnpickler(data, data).load()
-    TensorUnpickler(data, data).load()
-    start, unpickler, places = data.tell(), TensorUnpickler(data, data), {}
-    unpickler.load()  # for the sizes only: a storage begins where the one before it ends
-    for key in TensorUnpickler(data, data).load():
+    TensorUnpickler(data, measured).load()
+    TensorUnpickler(data, measured).load()
+    start = data.tell()
+    TensorUnpickler(data, measured).load()  # for the sizes: a storage begins where the one before it ends
+    for key in TensorUnpickler(data, measured).load():
         places[key] = data.tell() + 8
-        data.seek(places[key] + unpickler.sizes[key])
+        data.seek(places[key] + sizes[key])
     data.seek(start)
-    return TensorUnpickler(data, data, places).load()
+    return TensorUnpickler(data, lambda key, size, dtype: mapped(data, places[key], size, dtype)).load()
 
 
 def read_file(path: Path) -> tuple[dict, dict[str, str], mmap.mmap]:
@@ -842,7 +838,7 @@ def read_folder(path: Path) -> tuple[dict, dict, list[mmap.mmap]]:
             raise ValueError(f"{part}/ holds no weights; name a whole diffusers folder, or a checkpoint file")
         with blamed(f"{part}/{file.name}"):
             named, _, data = read_file(file)
-        with blamed(f"{part}/{config.name}"):
+        with blamed(f"{part}/{config.name}", "download it again"):
             settings = json.loads(config.read_text()) if config.is_file() else {}
             fields |= {field: settings[name] for name, field in known.items() if name in settings}
         tensors |= {f"{part}.{name}": value for name, value in named.items()}
@@ -851,7 +847,8 @@ def read_folder(path: Path) -> tuple[dict, dict, list[mmap.mmap]]:
 
 
 def level_by_level(place: re.Match) -> str:
-    """diffusers' place for what CompVis counts through, `part` of the U-Net's {way}put_blocks.{number}."""
+    """unet.input_blocks.4.1. -> unet.down_blocks.1.attentions.0. and the like: CompVis numbers the blocks
+    straight through, diffusers resolution by resolution."""
     way, number, part, resample = place.groups()
     side = "down" if way == "in" else "up"
     level, block = divmod(int(number) - (way == "in"), Config.unet_blocks + 1)  # the input's 0 is conv_in
@@ -859,7 +856,7 @@ def level_by_level(place: re.Match) -> str:
     return f"unet.{side}_blocks.{level}.{f'{side}samplers.0.conv' if resample else layer}."
 
 
-# Our names, and the dialects' for the same; one that another begins with comes after that.
+# Our names, and the dialects' for the same; where one begins with another, the longer stands first.
 NAMES = {
     "norm1": "layer_norm1 in_layers.0 attention.output.LayerNorm",
     "norm2": "layer_norm2 out_layers.0 output.LayerNorm",
@@ -901,9 +898,12 @@ RULES = [
     (r"^(vae\.encoder\..+\.resample)\.", r"\1.1."),
 ]
 
-# Of these, known and not needed: schedules, which have no dot, averaged weights, what served training, and
-# what CLIP compares texts and pictures with.
-UNNEEDED = r"^\w+$|^model_ema\.|^vae\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
+# The names of what is known and not needed: schedules, averaged weights, what served training, and what CLIP
+# compares texts and pictures with.
+UNNEEDED = (
+    r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"
+    r"|^model_ema\.|^vae\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
+)
 
 # What else comes under the same endings: (what it is, what gives it away in our names and shapes).
 FAMILIES = [
@@ -977,7 +977,8 @@ def read_model(path: Path) -> tuple[Config, dict, list[mmap.mmap]]:
     else:
         tensors, metadata, *maps = read_file(path)
         if OWN_MARK in metadata:
-            return Config.from_json(metadata[OWN_MARK]), tensors, maps
+            with blamed("its Config", "use a file that StableDiffusion.save wrote"):
+                return Config.from_json(metadata[OWN_MARK]), tensors, maps
     tensors = {rename(name): value for name, value in tensors.items()}
     shapes = listed(tensors)
     for family, pattern in FAMILIES:
@@ -1008,7 +1009,7 @@ def fit(
                 wrong.append(f"{source} is missing")
             elif not isinstance(part, Tensor):
                 wrong.append(f"{source} is no tensor but {type(part).__module__}.{type(part).__qualname__}")
-            elif part.shape[:2] != shape[:2] or part.numel() != shape.numel():
+            elif part.shape[:2] != shape[:2] or part.numel() != shape.numel():  # 1x1s end in ones
                 wrong.append(f"{source} has shape {tuple(part.shape)} and not {tuple(shape)}")
         if not wrong:
             stays = parts[0].dtype == dtype and torch.device(device).type == "cpu"
@@ -1028,15 +1029,6 @@ def fit(
     return state
 
 
-class WithoutNumbers(TorchFunctionMode):
-    """Modules built inside get no initial weights: making those, even on the meta device, takes a second."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if getattr(function, "__module__", None) == "torch.nn.init":
-            return args[0] if args else kwargs["tensor"]
-        return function(*args, **(kwargs or {}))
-
-
 def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The fields of Config that a folder like bert-base-uncased's tells, and its weights as they stand in a
     StableDiffusion's state dict, in float32. Raises OSError or ValueError, in one line."""
@@ -1054,7 +1046,7 @@ def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
         config = replace(infer_config(listed(tensors)), vocabulary=vocabulary, text_heads=heads)
         if config.vocab_size != len(vocabulary):
             raise ValueError(f"it has {config.vocab_size} tokens and vocab.txt {len(vocabulary)}")
-        with torch.device("meta"), WithoutNumbers():
+        with torch.device("meta"):
             encoder = nn.ModuleDict({"text_encoder": BERTTextEncoder(config)})
         fields = {name: value for name, value in asdict(config).items() if name.startswith(("text", "vocab"))}
         return fields, fit(tensors, [], encoder, "cpu", torch.float32)
@@ -1066,11 +1058,12 @@ def read_bert(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 
 def open_picture(source: str | Path | Image.Image, ground: str = "white") -> Image.Image:
     """A picture in RGB, upright, on `ground` where transparent; OSError or ValueError for what is none."""
-    with blamed(f"{source}: not a picture that can be used"), warnings.catch_warnings():
+    advice = "use a still PNG, JPEG or the like"
+    with blamed(f"{source}: not a picture that can be used", advice), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = source if isinstance(source, Image.Image) else Image.open(source)
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO: and a preview
-            raise ValueError(f"it is animated, {image.n_frames} frames; save one of them")
+            raise ValueError(f"it is animated, {image.n_frames} frames")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would cut off at 255
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -1101,15 +1094,15 @@ def pick_device(name: str | None) -> torch.device:
     return torch.device(name)
 
 
-LIBRARY = ctypes.CDLL(None) if sys.platform == "linux" else None  # C's
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def reuse_memory() -> None:
     """Keeps memory that is freed for what is computed next: to have it anew from Linux, page by page, is a
     tenth of a denoising step's time on a CPU. As it holds for the whole process, only a program may do it."""
-    if hasattr(LIBRARY, "mallopt"):
-        LIBRARY.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
-        LIBRARY.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    if hasattr(LIBC, "mallopt"):
+        LIBC.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: what is larger is still given back
+        LIBC.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join_processes() -> tuple[int, int]:
@@ -1143,7 +1136,7 @@ class StableDiffusion(nn.Module):
         """
         with blamed(path):
             config, tensors, maps = read_model(Path(path))
-            with torch.device("meta"), WithoutNumbers():
+            with torch.device("meta"), blamed("its sizes", "use a whole Stable Diffusion v1 checkpoint"):
                 model = cls(config)
             home = "cpu" if offload else device
             model.load_state_dict(fit(tensors, maps, model, home, dtype), assign=True)
@@ -1174,8 +1167,8 @@ class StableDiffusion(nn.Module):
             if self.offload_device:
                 for parameter, data in kept:
                     parameter.data = data
-            if hasattr(LIBRARY, "malloc_trim"):  # what comes next needs memory in other sizes
-                LIBRARY.malloc_trim(0)
+            if hasattr(LIBC, "malloc_trim"):  # what comes next needs memory in other sizes
+                LIBC.malloc_trim(0)
 
     def embed(self, texts: list[str]) -> Tensor:
         """B texts -> context (B, T, text_width). Warns of words that do not fit."""
@@ -1209,8 +1202,8 @@ class StableDiffusion(nn.Module):
         return result.float()
 
     def predict_noise(self, latent: Tensor, t: int, context: Tensor, guidance: float) -> Tensor:
-        """(B, C, h, w), context (B, T, D) -> (B, C, h, w); a context (2B, T, D) begins with what to be guided
-        away from (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598)."""
+        """(B, C, h, w), context (B, T, D) -> (B, C, h, w); of a context (2B, T, D) the first half is what to
+        be guided away from (classifier-free guidance, Ho and Salimans 2022, arXiv:2207.12598)."""
         copies = len(context) // len(latent)
         timesteps = torch.full((len(context),), t, device=latent.device)
         noise_pred = self.unet(latent.to(context.dtype).repeat(copies, 1, 1, 1), timesteps, context).float()
@@ -1219,8 +1212,11 @@ class StableDiffusion(nn.Module):
         unconditional, conditional = noise_pred.chunk(2)
         return unconditional + guidance * (conditional - unconditional)
 
-    def check(self, *, steps, guidance, sampler, seed, n, width, height, image, strength, mask):
-        """The width and height that `generate` draws with such arguments; ValueError where it would not."""
+    def settle(self, *, steps, guidance, sampler, seed, n, width, height, image, strength, mask):
+        """The width, height, image and mask that `generate` draws with, given such arguments; OSError or
+        ValueError where it would not."""
+        image = image if image is None else open_picture(image)
+        mask = mask if mask is None else open_picture(mask, ground="black")
         unit, timesteps = self.config.downscale, self.config.timesteps
         possible = range(unit, 2**14 + 1, unit)  # in pixels; far beyond, numbers overflow before memory does
         sizes = [size // unit * unit for size in image.size] if image else 2 * [self.config.image_size]
@@ -1241,7 +1237,7 @@ class StableDiffusion(nn.Module):
                 raise ValueError(f"{name} is {value} and must be {wanted}")
         if mask and mask.size != image.size:
             raise ValueError(f"mask is {mask.size} and its image {image.size} pixels; make them of one size")
-        return width, height
+        return width, height, image, mask
 
     @torch.no_grad()
     def generate(
@@ -1258,10 +1254,8 @@ class StableDiffusion(nn.Module):
         Raises OSError or ValueError for arguments out of range, images of no use, pictures not finite.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        image = image if image is None else open_picture(image)
-        mask = mask if mask is None else open_picture(mask, ground="black")
         seed = random.randrange(2**32) if seed is None else int(seed)  # NumPy's integers, too
-        width, height = self.check(
+        width, height, image, mask = self.settle(
             steps=steps, guidance=guidance, sampler=sampler, seed=seed, n=n * len(prompts), width=width,
             height=height, image=image, strength=strength, mask=mask,
         )  # fmt: skip
@@ -1340,6 +1334,7 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
                 pairs = [(folder / entry["file_name"], entry["text"]) for entry in entries]
             else:
                 content = json.loads(content)
+                # A KeyError shall say what is missing.
                 names = {f"image {image['id']}": image["file_name"] for image in content["images"]}
                 named = ((names[f"image {entry['image_id']}"], entry) for entry in content["annotations"])
                 pairs = [(places.get(name, folder / name), entry["caption"]) for name, entry in named]
@@ -1366,7 +1361,7 @@ def read_pictures(paths: Collection[Path], side: int) -> Iterator[tuple[Path, Te
         pixels = np.array(image.resize(size, Image.Resampling.LANCZOS))
         yield path, torch.from_numpy(pixels).permute(2, 0, 1)
     if len(failed) > len(paths) / 2:
-        raise ValueError(f"{len(failed)} of {len(paths)} pictures cannot be used: {first_few(failed)}")
+        raise ValueError(f"{len(failed)} of {len(paths)} pictures cannot be used; mend {first_few(failed)}")
     if failed:
         warnings.warn(f"{len(failed)} of {len(paths)} pictures left out: {', '.join(failed)}", stacklevel=2)
 
@@ -1410,17 +1405,15 @@ class Reconstruction(nn.Module):
     @torch.no_grad()
     def finish(self) -> None:
         """Measures on the data set what brings the latents to unit variance, for the Config."""
-        batch = self.draw(64, torch.Generator().manual_seed(0))
-        images, noise = (tensor.to(self.model.device) for tensor in batch)
-        latents = []
-        for image, one in zip(images.split(1), noise.split(1)):  # one by one, as memory peaks here
-            mean, logvar = self.model.vae.encode(image)
-            latents.append(mean + (0.5 * logvar).exp() * one)
-        self.model.config = replace(self.model.config, latent_scale=1 / torch.cat(latents).std().item())
+        self.model.config = replace(self.model.config, latent_scale=1.0)  # for `encode` not to scale them
+        batch = (tensor.to(self.model.device) for tensor in self.draw(64, torch.Generator().manual_seed(0)))
+        pairs = zip(*(tensor.split(1) for tensor in batch))  # one by one, as memory peaks here
+        latents = torch.cat([self.model.encode(image, noise) for image, noise in pairs])
+        self.model.config = replace(self.model.config, latent_scale=1 / latents.std().item())
 
     @torch.no_grad()
     def samples(self) -> list[Image.Image]:
-        """Pictures, each before what becomes of it."""
+        """Pictures, each followed by what becomes of it."""
         pictures = []
         for image in self.draw(16, torch.Generator().manual_seed(0))[0].split(1):
             pictures += to_pictures(image) + to_pictures(self.model.decode(self.model.encode(image)))
@@ -1429,7 +1422,8 @@ class Reconstruction(nn.Module):
 
 class NoisePrediction(nn.Module):
     """The UNet's objective: to tell the noise in a latent (Ho et al. 2020, alg. 1, eq. 14). `--min-snr`
-    keeps the timesteps of little noise from outweighing the others (Hang et al. 2023, arXiv:2303.09556)."""
+    keeps the timesteps of little noise from outweighing the others (Hang et al. 2023, sec. 3.4,
+    arXiv:2303.09556)."""
 
     def __init__(self, model: StableDiffusion, args: argparse.Namespace):
         super().__init__()
@@ -1471,7 +1465,7 @@ class NoisePrediction(nn.Module):
     def forward(self, latent: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         level = self.alphas_cumprod[t].view(-1, 1, 1, 1)
         noise_pred = self.model.unet(add_noise(latent, noise, level), t, self.model.text_encoder(ids))
-        weight = (self.args.min_snr * (1 - level) / level).clamp(max=1)  # of predicted noise, sec. 3.4
+        weight = (self.args.min_snr * (1 - level) / level).clamp(max=1)  # min(SNR, gamma) / SNR
         return (weight * (noise_pred.float() - noise) ** 2).mean()
 
     def finish(self) -> None:
@@ -1488,8 +1482,8 @@ OBJECTIVES = {"vae": Reconstruction, "unet": NoisePrediction}
 
 
 def new_model(config: Config, seed: int) -> StableDiffusion:
-    """A model with random weights. Every branch of the denoiser that is added to something starts at nothing,
-    so that at first all is passed on as it is."""
+    """A model with random weights. At first no residual block and no transformer of the denoiser adds
+    anything, and it predicts no noise."""
     torch.manual_seed(seed)
     model = StableDiffusion(config)
     for name, parameter in model.unet.named_parameters():
@@ -1504,7 +1498,7 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
     if source := args.out if args.resume and args.out.exists() else args.init:
         model = deepcopy(StableDiffusion.load(source))  # in memory, so that the file may be replaced
     else:
-        with blamed(f"config {args.config}"):
+        with blamed(f"config {args.config}", "give fields of Config as JSON, or a file.json of them"):
             is_file = args.config.endswith(".json")
             text = Path(args.config).read_text(encoding="utf-8") if is_file else args.config
             model = new_model(Config.from_json(text), args.seed)
@@ -1516,7 +1510,7 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
     if fields["text_width"] != model.config.text_width:
         raise ValueError(f"{args.bert}: its width is {fields['text_width']}; put that text_width in --config")
     weights |= {name: value for name, value in model.state_dict().items() if name not in weights}
-    with torch.device("meta"), WithoutNumbers():
+    with torch.device("meta"):
         model = StableDiffusion(replace(model.config, **fields))
     model.load_state_dict(weights, strict=False, assign=True)  # but for CLIP's
     return model
@@ -1550,7 +1544,7 @@ class Trainer:
 
     def __init__(self, objective: nn.Module, args: argparse.Namespace):
         self.objective, self.args, self.losses = objective, args, []
-        self.files = {kind: args.out.with_suffix(kind) for kind in (".state", ".loss.csv", ".loss.png")}
+        self.state_file = args.out.with_suffix(".state")
         named = [(name, weight) for name, weight in objective.named_parameters() if weight.requires_grad]
         self.weights = [weight for _, weight in named]
         self.average = [weight.detach().clone() if args.ema else weight.detach() for weight in self.weights]
@@ -1580,8 +1574,10 @@ class Trainer:
 
     def rate(self, step: int) -> float:
         """The learning rate: up in a line over the warm-up, then down in a cosine."""
-        cosine = (1 + math.cos(math.pi * step / self.args.steps)) / 2
-        return self.args.lr * min((step + 1) / max(self.args.warmup, 1), cosine)
+        steps, warmup = self.args.steps, self.args.warmup
+        if step < warmup:
+            return self.args.lr * (step + 1) / warmup
+        return self.args.lr * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) / 2
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -1597,22 +1593,20 @@ class Trainer:
         """Writes what `resume` reads, first, so that a kill in between loses nothing, then the model with the
         average weights, and the losses."""
         state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
-        with written_whole(self.files[".state"]) as file:
-            torch.save(state | {"losses": self.losses}, file)
-        with self.averaged():
-            self.objective.finish()
-            self.objective.model.save(self.args.out)
-        with written_whole(self.files[".loss.csv"]) as file:
-            rows = [("step", "loss"), *enumerate(self.losses, 1)]
-            file.writelines(f"{step},{loss}\n".encode() for step, loss in rows)
-        with written_whole(self.files[".loss.png"]) as file:
-            draw_curve(torch.tensor(self.losses)).save(file, "png")
+        rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(self.losses, 1))
+        with blamed(f"{self.args.out} cannot be saved", "make room there, and add --resume"):
+            with written_whole(self.state_file) as file:
+                torch.save(state | {"losses": self.losses}, file)
+            with self.averaged():
+                self.objective.finish()
+                self.objective.model.save(self.args.out)
+            self.args.out.with_suffix(".loss.csv").write_text(f"step,loss\n{rows}")
+            draw_curve(torch.tensor(self.losses)).save(self.args.out.with_suffix(".loss.png"))
 
     def resume(self) -> None:
         """Takes up where `save` was called last."""
-        file = self.files[".state"]
-        with blamed(f"{file}: cannot be resumed from", "give the same options, or another --out"):
-            state = torch.load(file, "cpu", weights_only=True)
+        with blamed(f"{self.state_file}: cannot be resumed from", "give the same options, or another --out"):
+            state = torch.load(self.state_file, "cpu", weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
                     weight.data.copy_(saved)
@@ -1647,18 +1641,20 @@ def train(args: argparse.Namespace) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
 
-    count = args.batch_size * processes
-    per_step, first = args.accumulate * count, len(trainer.losses)
+    batch_size = args.batch_size * processes
+    per_step, done = args.accumulate * batch_size, len(trainer.losses)
     quiet = None if rank == 0 else True  # None: if no terminal
-    bar = tqdm(total=args.steps * per_step, initial=first * per_step, unit=" pictures", disable=quiet)
-    if rank == 0 and first >= args.steps:  # it may have been killed between its last state and the model
+    bar = tqdm(total=args.steps * per_step, initial=done * per_step, unit=" pictures", disable=quiet)
+    if rank == 0 and done >= args.steps:  # it may have been killed between its last state and the model
         trainer.save()
-    for step in range(first + 1, args.steps + 1):
+    for step in range(done + 1, args.steps + 1):
         generator = torch.Generator().manual_seed(args.seed * 2**32 + step)
         report = torch.zeros(2, device=device)  # the loss, and whether to stop
-        for _ in range(args.accumulate):
-            batch = [tensor[rank::processes].to(device) for tensor in objective.draw(count, generator)]
-            with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
+        for left in reversed(range(args.accumulate)):
+            batch = [tensor[rank::processes].to(device) for tensor in objective.draw(batch_size, generator)]
+            # Gradients are exchanged once a step, with its last batch.
+            exchange = loss_of.no_sync() if processes > 1 and left else nullcontext()
+            with exchange, torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bf16"):
                 loss = loss_of(*batch) / args.accumulate
             loss.backward()
             report[0] += loss.detach() / processes
@@ -1668,10 +1664,10 @@ def train(args: argparse.Namespace) -> int:
         loss, stopped = report.tolist()
         trainer.update(loss)
         bar.update(per_step)
-        bar.set_postfix(loss=loss, lr=trainer.rate(step), refresh=False)
+        bar.set_postfix(loss=loss, lr=trainer.rate(step - 1), refresh=False)
         if rank == 0 and args.sample_every and step % args.sample_every == 0:
-            with trainer.averaged(), written_whole(args.out.with_suffix(f".{step}.png")) as file:
-                sheet(objective.samples()).save(file, "png")
+            with trainer.averaged():
+                sheet(objective.samples()).save(args.out.with_suffix(f".{step}.png"))
         if rank == 0 and (stopped or step == args.steps or step % args.save_every == 0):
             trainer.save()
         if rank == 0 and stopped:
@@ -1798,7 +1794,7 @@ def save_picture(picture: Image.Image, path: Path, parameters: str) -> Path:
     info.add_text("parameters", parameters)
     name = claim(path)
     try:
-        with written_whole(name) as file:
+        with blamed(f"{name} cannot be saved", "make room there"), written_whole(name) as file:
             picture.save(file, "png", pnginfo=info)
     except BaseException:
         name.unlink()
@@ -1832,14 +1828,12 @@ def run(args: argparse.Namespace) -> int:
     if args.out.suffix.lower() != ".png":
         raise ValueError(f"out is {args.out} and must end in .png")
     with blamed(f"out is {args.out}", "name another"):
-        claim(args.out).unlink()
+        claim(args.out).unlink()  # found out now, not once the picture is there
     if args.strength is not None and args.image is None:
         raise ValueError("strength is given and must be used with an image only")
     args.strength = 0.8 if args.strength is None else args.strength
-    names = ("steps", "guidance", "sampler", "width", "height", "image", "strength", "mask")
-    settings = {name: getattr(args, name) for name in names}
-    grounds = {"image": "white", "mask": "black"}
-    settings |= {name: open_picture(settings[name], grounds[name]) for name in grounds if settings[name]}
+    settings = ("steps", "guidance", "sampler", "width", "height", "image", "strength", "mask")
+    settings = {name: getattr(args, name) for name in settings}
     seed = random.randrange(2**32) if args.seed is None else args.seed
     rank, processes = join_processes()
     names = max(args.n, 0) * [args.out]
@@ -1847,14 +1841,17 @@ def run(args: argparse.Namespace) -> int:
         shared = [seed, list(islice(free_names(args.out), len(names)))]
         distributed.broadcast_object_list(shared)
         seed, names = shared
-    model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
-    width, height = model.check(seed=seed, n=args.n, **settings)
+    with warnings.catch_warnings(record=True) as notes:
+        model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
+    width, height, *_ = model.settle(seed=seed, n=args.n, **settings)
     if args.compile:
         model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, "
     about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {seed}"
     if rank == 0:
         print(about, file=sys.stderr)
+        for note in notes:
+            warnings.warn(note.message, stacklevel=2)
     for i in range(rank, args.n, processes):  # one by one, so that each is saved when it is done
         [picture] = model.generate(args.prompt, args.negative, seed=seed + i, **settings)
         print(save_picture(picture, names[i], webui_parameters(args, seed + i, width, height)))
@@ -1874,10 +1871,15 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"sd.py: error: {one_line(error)}", file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # as every device says it
+        if "--compile" in arguments and isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            reason, *_ = str(error).split("\n\n")  # what follows is for developers
+            wrong = f"cannot compile: {one_line(reason)}; leave out --compile"
+        elif isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
+            smaller = "--batch-size, --ema 0" if arguments[:1] == ["train"] else "size, --offload"
+            wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
+        else:
             raise
-        advice = "--batch-size, --ema 0" if arguments[:1] == ["train"] else "size, --offload"
-        print(f"sd.py: error: out of memory; try a smaller {advice} or --dtype bf16", file=sys.stderr)
+        print(f"sd.py: error: {wrong}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

@@ -1,4 +1,5 @@
-"""sd.py beside diffusers, measured: `python tests/bench.py [--rounds 3] [--only PATTERN] [--json FILE]`.
+"""sd.py beside diffusers, measured: `python tests/bench.py [--rounds 3] [--only PATTERN] [--json FILE]`; with
+`--profile` instead what a denoising step of ours takes its time for.
 
 Both sides take turns, each measurement in a fresh process, on the same random full-size checkpoints, with the
 same dtype, sampler and steps. A figure is the median over the rounds; its ratio is sd.py's to diffusers', so
@@ -11,6 +12,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import statistics
 import subprocess
 import sys
@@ -115,9 +117,31 @@ def growth(side: str, device: str, dtype: str, weights: str, size: int, n: int) 
     return time.perf_counter() - began
 
 
+def run_sd(*words: str) -> None:
+    """`python sd.py ...` in this process, so that its peak on a GPU can be asked for."""
+    sys.argv[1:] = ["--prompt", PROMPT, "--seed", "0", *words]
+    try:
+        runpy.run_path(str(ROOT / "sd.py"), run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
 def command(side: str, device: str, dtype: str, weights: str, out: str) -> None:
-    """The 20 steps to a file that a user of diffusers would write; ours is the command line."""
+    """20 steps to a file: the command line, and what a user of diffusers would write."""
+    if side == OURS:
+        settings = ["--weights", weights, "--dtype", dtype, "--sampler", "dpm++", "--steps", "20"]
+        return run_sd("--device", device, "--out", out, *settings)
     generate(side, load(side, device, dtype, weights), steps=20, size=512)[0].save(out)
+
+
+def profile(device: str, dtype: str, weights: str) -> None:
+    """Prints what three denoising steps, and loading the model, take their time for."""
+    import torch
+
+    with torch.profiler.profile() as profiler:
+        step(OURS, device, dtype, weights)
+    print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=10))
 
 
 def emoji_parts() -> tuple:
@@ -177,7 +201,9 @@ def write_emoji_folder(folder: str) -> None:
 
 
 def emoji(side: str, device: str, folder: str, out: str) -> None:
-    """50 steps of ddpm with the default model's sizes, as a user of diffusers would write them."""
+    """50 steps of ddpm with the default model's sizes: the command line, and what a user would write."""
+    if side == OURS:
+        return run_sd("--device", device, "--out", out)
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(device)
@@ -291,14 +317,6 @@ def run(words: list) -> tuple[str, float, float]:
 
 def measure(side: str, device: str, work: Callable, arguments: dict) -> dict[str, float]:
     """One measurement in a process of its own: seconds, or what `work` returns, and peaks of memory in GB."""
-    if side == OURS and work in (command, emoji):
-        words = [ROOT / "sd.py", "--prompt", PROMPT, "--seed", "0", "--device", device]
-        words += ["--out", arguments["out"]]
-        if work is command:
-            words += ["--weights", arguments["weights"], "--dtype", arguments["dtype"]]
-            words += ["--sampler", "dpm++", "--steps", "20"]
-        _, value, peak = run(words)
-        return {"value": value, "peak": peak}
     output, value, peak = run([__file__, "--work", json.dumps([work.__name__, [side, device], arguments])])
     result = json.loads(output.splitlines()[-1])
     return {"value": value if result["value"] is None else result["value"], "peak": peak} | result["gpu"]
@@ -312,8 +330,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3, help="of both sides (3)")
     parser.add_argument("--only", default="", help="a pattern, to measure only what has it in its name")
-    parser.add_argument("--json", type=Path, help="a file for every single figure")
+    parser.add_argument("--json", type=Path, help="a file for every single figure, the medians and ratios")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (cpu)")
+    parser.add_argument("--profile", action="store_true", help="of our denoising step in fp32, and no more")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
@@ -337,6 +356,10 @@ def main() -> None:
     figures = {"machine": about, "rounds": args.rounds}
     with tempfile.TemporaryDirectory() as folder:
         run([__file__, "--work", json.dumps(["prepare", [folder], {}])])
+        if args.profile:
+            places = [args.device, "fp32", f"{folder}/fp32.safetensors"]
+            print(run([__file__, "--work", json.dumps(["profile", places, {}])])[0])
+            return
         for title, wanted, work, arguments in cases(args.device, folder):
             if not re.search(args.only, title):
                 continue
@@ -344,11 +367,12 @@ def main() -> None:
             for _ in range(args.rounds):
                 for side in SIDES:
                     results[side].append(measure(side, args.device, work, arguments))
-            figures[title] = results
             median = {
                 kind: [statistics.median(one[kind] for one in results[side]) for side in SIDES]
                 for kind in results[THEIRS][0] if kind in results[OURS][0]
             }  # fmt: skip
+            ratio = {kind: ours / theirs for kind, (ours, theirs) in median.items()}
+            figures[title] = results | {"medians": dict(median), "ratios": ratio}
             row(title, wanted, *median.pop("value"))
             for kind, values in median.items() if work in (command, emoji, growth) else ():
                 target = "<= 0.6" if work is command and arguments["dtype"] == "bf16" else ""

@@ -329,6 +329,16 @@ def controlnet_of_diffusers(path, tensors):
     save_file(model.state_dict(), path)
 
 
+@kind("FLUX or Stable Diffusion 3")
+def flux_checkpoint(path, tensors):
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(9, 3)}, path)
+
+
+@kind("textual inversion")
+def textual_inversion(path, tensors):
+    torch.save({"string_to_token": {"*": 265}, "string_to_param": {"*": torch.zeros(1, 768)}}, path)
+
+
 @kind("LoRA")
 def lora_of_kohya(path, tensors):
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"

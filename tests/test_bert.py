@@ -4,6 +4,8 @@ BertTokenizer and BertModel, and the pipeline with it (section 9)."""
 import json
 import random
 import shutil
+import subprocess
+import sys
 import unicodedata
 from dataclasses import asdict, replace
 from functools import cache
@@ -13,9 +15,10 @@ import pytest
 import regex
 import torch
 import torch.nn.functional as F
-from conftest import measured, relative_error
+from conftest import ROOT, measured, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 from test_models import LIMITS, randomize
 from test_tokenizer import HARD_CASES, KNOWN, LONG, MERGES, POOLS, random_texts
@@ -524,6 +527,42 @@ def test_a_context_is_the_librarys(folder):
         assert relative_error(model.embed(texts), bert(**tokens).last_hidden_state) < 1e-5
     with pytest.warns(UserWarning, match="over 75 tokens; dropped: dog ,"):
         model.embed(["dog " * 76 + ","])
+
+
+def test_trained_with_in_clips_place(folder, tmp_path):
+    """The denoiser learns beside the folder's encoder, which the model that is made has inside; a mistake in
+    the folder ends with one line."""
+    (tmp_path / "data").mkdir()
+    for colour in ("red", "blue"):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / "data" / f"{colour}.png")
+        (tmp_path / "data" / f"{colour}.txt").write_text("a photo of cats")
+    sizes = {name: value for name, value in asdict(SMALL).items() if not name.startswith("vocab")}
+
+    def train(steps: int, *words, width: int = 48) -> subprocess.CompletedProcess:
+        config = json.dumps(sizes | {"vocab_size": 600, "text_width": width})
+        command = [sys.executable, ROOT / "sd.py", "train", "data", "--out", "own.safetensors"]
+        command += ["--config", config, "--text-encoder", "bert", "--batch-size", 2, "--steps", steps, *words]
+        return subprocess.run(list(map(str, command)), cwd=tmp_path, capture_output=True, text=True)
+
+    mistakes = {"no/vocab.txt": ["--bert", "no"], "its width is 48": ["--bert", folder]}
+    for named, words in mistakes.items():
+        result = train(1, *words, width=96)
+        assert result.returncode == 2 and result.stdout == "", result.stderr
+        assert result.stderr.startswith("sd.py: error: ") and named in result.stderr.splitlines()[0]
+        assert result.stderr.count("\n") == 1 and not (tmp_path / "own.safetensors").exists()
+
+    result = train(2, "--bert", folder)
+    assert (result.returncode, result.stderr) == (0, "")
+    first = sd.StableDiffusion.load(tmp_path / "own.safetensors")
+    bert = with_bert(folder)
+    shutil.rmtree(folder)
+    result = train(4, "--resume")
+    assert (result.returncode, result.stderr) == (0, "")
+    model = sd.StableDiffusion.load(tmp_path / "own.safetensors")
+    assert model.config == first.config and model.config.vocabulary == WORDS
+    assert_same(model.text_encoder.state_dict(), bert.text_encoder.state_dict())
+    assert not torch.equal(model.unet.conv_in.weight, first.unet.conv_in.weight)
+    model.generate("a photo of dogs", steps=2, progress=False)
 
 
 LIES = {

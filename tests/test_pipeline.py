@@ -463,6 +463,19 @@ def test_offload_draws_the_same_and_keeps_the_weights(small, small_model):
     }
 
 
+def test_each_model_is_on_the_device_only_while_it_works(small):
+    """The device is stood in for by a dtype, which weights can be sent to as well."""
+    model = sd.StableDiffusion.load(small, offload=True)
+    assert model.offload_device == model.device == torch.device("cpu")
+    model.offload_device = torch.float64
+    away = lambda: {name for name, weight in model.named_parameters() if weight.dtype == torch.float64}
+    for name in ("text_encoder", "vae", "unet"):
+        part = getattr(model, name)
+        with model.working(part):
+            assert away() == {f"{name}.{inner}" for inner, _ in part.named_parameters()}
+        assert away() == set()
+
+
 def test_a_model_of_another_size(tmp_path):
     """Built from a Config, saved, loaded and drawn with: every size another than Stable Diffusion v1's."""
     config = sd.Config(
