@@ -1606,14 +1606,15 @@ class Trainer:
     def resume(self) -> None:
         """Takes up where `save` was called last."""
         with blamed(f"{self.state_file}: cannot be resumed from", "give the same options, or another --out"):
-            state = torch.load(self.state_file, "cpu", weights_only=True)
+            state = torch.load(self.state_file, "cpu", mmap=True, weights_only=True)
             for weights, kind in ((self.weights, "weights"), (self.average, "average")):
                 for weight, saved in zip(weights, state[kind], strict=True):
                     weight.data.copy_(saved)
             self.optimizer.load_state_dict(state["optimizer"])
             for weight, moments in self.optimizer.state.items():
-                for name in ("exp_avg", "exp_avg_sq"):  # laid out as the weight is on this device
-                    moments[name] = torch.empty_like(weight).copy_(moments[name])
+                for name, kept in moments.items():  # into memory, laid out as the weight is on this device
+                    like = weight if kept.shape == weight.shape else kept
+                    moments[name] = torch.empty_like(like).copy_(kept)
             self.losses = state["losses"]
 
 

@@ -1223,6 +1223,10 @@ def test_two_processes_started_as_the_manual_says(data, vae, tmp_path):
     assert len(told) == 1 and len(losses_of(out.with_suffix(".loss.csv"))) == int(told[0])
     assert sorted(everything(tmp_path)) == ["a.loss.csv", "a.loss.png", "a.safetensors", "a.state"]
     assert sd.StableDiffusion.load(out)
+    more = ["--init", vae, "--batch-size", 1, "--steps", int(told[0]) + 2, "--out", out, "--resume"]
+    result = run_torchrun(ROOT / "sd.py", "train", data, *more)
+    assert result.returncode == 0, result.stderr
+    assert len(losses_of(out.with_suffix(".loss.csv"))) == int(told[0]) + 2
 
 
 def test_two_processes_draw_as_one_does(unet, tmp_path):
