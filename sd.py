@@ -1500,7 +1500,7 @@ def first_model(args: argparse.Namespace) -> StableDiffusion:
     else:
         with blamed(f"config {args.config}", "give fields of Config as JSON, or a file.json of them"):
             is_file = args.config.endswith(".json")
-            text = Path(args.config).read_text(encoding="utf-8") if is_file else args.config
+            text = Path(args.config).read_text(encoding="utf-8-sig") if is_file else args.config
             model = new_model(Config.from_json(text), args.seed)
             if model.config.vocab_size < (least := len(model.tokenizer.ids)):
                 raise ValueError(f"vocab_size is {model.config.vocab_size} and must be {least} or more")

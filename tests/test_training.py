@@ -209,7 +209,7 @@ def data(tmp_path_factory) -> Path:
 def config(tmp_path_factory) -> Path:
     """The tiny Config as a file."""
     path = tmp_path_factory.mktemp("config") / "tiny.json"
-    path.write_text(json.dumps(TINY))
+    path.write_text(json.dumps(TINY), encoding="utf-8-sig")  # as Windows' editors write it
     return path
 
 
@@ -230,7 +230,8 @@ def vae(vae_options, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def unet_options(data, vae) -> list:
     prompts = data.parent / "prompts.txt"
-    prompts.write_text("".join(prompt + "\n\n" for prompt in PROMPTS))  # lines without a prompt do not count
+    lines = "".join(prompt + "\n\n" for prompt in PROMPTS)  # lines without a prompt do not count
+    prompts.write_text(lines, encoding="utf-8-sig")
     return [data, "--part", "unet", "--init", vae, *SETTINGS, "--prompts", prompts]
 
 
