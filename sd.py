@@ -20,6 +20,7 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239
 import argparse
 import atexit
 import ctypes
+import glob
 import json
 import math
 import mmap
@@ -38,7 +39,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from glob import escape, glob
 from itertools import accumulate, chain, count, islice, pairwise
 from pathlib import Path
 
@@ -1317,7 +1317,7 @@ def read_captions(folder: Path) -> dict[Path, list[str]]:
     captions_*.json, or a NAME.txt beside each NAME.png. Raises OSError or ValueError where there are none."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder; name one that holds pictures and captions")
-    files = sorted(map(Path, glob(f"{escape(str(folder))}/**", recursive=True)))  # follows links
+    files = sorted(map(Path, glob.glob(f"{glob.escape(str(folder))}/**", recursive=True)))  # follows links
     pictures = [path for path in files if path.suffix.lower() in PICTURE_SUFFIXES]
     places, captions = {path.name: path for path in pictures}, {}
     # A list names its pictures itself; a text belongs to the picture beside it.
