@@ -994,6 +994,22 @@ def test_a_progress_bar_on_a_terminal(data, vae, tmp_path):
     assert re.search(r"100%\|.*16/16 \[.* pictures/s, loss=[\d.]+, lr=0\.033\d+\]\r\n$", text), text
 
 
+def test_what_becomes_of_the_file_it_began_with_does_not_matter(data, vae, tmp_path, monkeypatch):
+    init = shutil.copy(vae, tmp_path / "init.safetensors")
+
+    class Overwriting(sd.NoisePrediction):
+        def draw(self, count, generator):
+            with open(init, "r+b") as file:
+                file.write(bytes(init.stat().st_size))
+            return super().draw(count, generator)
+
+    monkeypatch.setitem(sd.OBJECTIVES, "unet", Overwriting)
+    out = tmp_path / "a.safetensors"
+    train_here(data, "--init", init, "--out", out, "--batch-size", 1, "--steps", 1)
+    before, after = (sd.StableDiffusion.load(path).vae.state_dict() for path in (vae, out))
+    assert all(after[name].equal(weight) for name, weight in before.items())
+
+
 @pytest.mark.parametrize("in_batch", [1, 2])
 def test_a_signal_inside_a_step_ends_with_that_step(in_batch, data, vae, tmp_path, monkeypatch):
     class Signalled(sd.NoisePrediction):
