@@ -1593,15 +1593,17 @@ class Trainer:
         """Writes what `resume` reads, first, so that a kill in between loses nothing, then the model with the
         average weights, and the losses."""
         state = {"weights": self.weights, "average": self.average, "optimizer": self.optimizer.state_dict()}
-        rows = "".join(f"{step},{loss}\n" for step, loss in enumerate(self.losses, 1))
+        rows = [("step", "loss"), *enumerate(self.losses, 1)]
         with blamed(f"{self.args.out} cannot be saved", "make room there, and add --resume"):
             with written_whole(self.state_file) as file:
                 torch.save(state | {"losses": self.losses}, file)
             with self.averaged():
                 self.objective.finish()
                 self.objective.model.save(self.args.out)
-            self.args.out.with_suffix(".loss.csv").write_text(f"step,loss\n{rows}")
-            draw_curve(torch.tensor(self.losses)).save(self.args.out.with_suffix(".loss.png"))
+            with written_whole(self.args.out.with_suffix(".loss.csv")) as file:
+                file.writelines(f"{step},{loss}\n".encode() for step, loss in rows)
+            with written_whole(self.args.out.with_suffix(".loss.png")) as file:
+                draw_curve(torch.tensor(self.losses)).save(file, "png")
 
     def resume(self) -> None:
         """Takes up where `save` was called last."""
@@ -1667,8 +1669,8 @@ def train(args: argparse.Namespace) -> int:
         bar.update(per_step)
         bar.set_postfix(loss=loss, lr=trainer.rate(step - 1), refresh=False)
         if rank == 0 and args.sample_every and step % args.sample_every == 0:
-            with trainer.averaged():
-                sheet(objective.samples()).save(args.out.with_suffix(f".{step}.png"))
+            with trainer.averaged(), written_whole(args.out.with_suffix(f".{step}.png")) as file:
+                sheet(objective.samples()).save(file, "png")
         if rank == 0 and (stopped or step == args.steps or step % args.save_every == 0):
             trainer.save()
         if rank == 0 and stopped:
@@ -1844,7 +1846,8 @@ def run(args: argparse.Namespace) -> int:
         seed, names = shared
     with warnings.catch_warnings(record=True) as notes:
         model = StableDiffusion.load(args.weights, device, DTYPES[dtype], args.offload)
-    width, height, *_ = model.settle(seed=seed, n=args.n, **settings)
+    settled = model.settle(seed=seed, n=args.n, **settings)
+    width, height, settings["image"], settings["mask"] = settled  # opened once for all
     if args.compile:
         model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {width}x{height}, "
