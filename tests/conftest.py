@@ -37,7 +37,7 @@ def small_folder(small) -> Path:
 
 @pytest.fixture(scope="session")
 def small_model(small) -> sd.StableDiffusion:
-    return sd.StableDiffusion.load(small)
+    return sd.load(small)
 
 
 @pytest.fixture(scope="session")

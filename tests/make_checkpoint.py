@@ -58,6 +58,16 @@ def random_tensors(
     return tensors
 
 
+SMALL = {
+    "text_dim": 64, "text_heads": 1, "vae_channels": [32, 64, 128, 128], "unet_channels": [32, 64, 128, 128],
+}  # fmt: skip
+
+
+def metadata(small: bool = False) -> dict[str, str]:
+    """What tells sd.py that a checkpoint has not Stable Diffusion v1's sizes."""
+    return {"sd.py": json.dumps(SMALL)} if small else {}
+
+
 def configs(small: bool = False) -> dict[str, dict]:
     """The config.json of each part of the diffusers folder, as the released SD v1.5 has them."""
     unet = [32, 64, 128, 128] if small else [320, 640, 1280, 1280]
@@ -137,9 +147,9 @@ def write(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, s
     """Writes a random checkpoint as `path`: .safetensors, .ckpt, or a diffusers folder."""
     tensors = random_tensors(small, dtype, seed)
     if path.suffix == ".safetensors":
-        save_file(tensors, path)
+        save_file(tensors, path, metadata(small))
     elif path.suffix == ".ckpt":
-        torch.save({"state_dict": tensors, "global_step": 470000}, path)
+        torch.save({"state_dict": tensors, "global_step": 470000} | metadata(small), path)
     else:
         path.mkdir(parents=True, exist_ok=True)
         single = path / "single.safetensors"
