@@ -26,7 +26,7 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
@@ -892,16 +892,20 @@ def level_names(config: Config) -> dict[str, dict[str, str]]:
     return {"text_encoder": {}, "vae": vae, "unet": unet}
 
 
+def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[str, str]:
+    """Each of our names -> the name with a dialect's words; the longest of ours counts"""
+    longest_first = sorted(map(re.escape, words), key=len, reverse=True)
+    word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.)")
+    return {name: word.sub(lambda match: words[match[0]].split()[dialect], name) for name in names}
+
+
 def names_in(dialect: int, model: StableDiffusion) -> dict[str, str]:
     """Our name of each tensor of the model -> its name in a dialect"""
     names, levels = {}, level_names(model.config)
     for part, prefixes in PREFIXES.items():
         words = NAMES["bert" if model.config.vocabulary and part == "text_encoder" else part] | levels[part]
-        longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-        word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.)")
-        for name in model.get_submodule(part).state_dict():
-            theirs = word.sub(lambda match, words=words: words[match[0]].split()[dialect], name)  # type: ignore[misc]
-            names[f"{part}.{name}"] = prefixes.split()[dialect] + theirs
+        renamed = rename(model.get_submodule(part).state_dict(), words, dialect)
+        names |= {f"{part}.{ours}": prefixes.split()[dialect] + theirs for ours, theirs in renamed.items()}
     return names
 
 
@@ -1163,21 +1167,26 @@ class Parser(argparse.ArgumentParser):
         return args
 
 
-def a_path(text: str) -> Path:
+def to_path(text: str) -> Path:
+    """A path of the command line."""
     return Path(text).expanduser()
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """The options of the command line; raises ValueError."""
+    """The options for an image; raises ValueError."""
     parser = Parser(usage="python sd.py --prompt TEXT [options]", allow_abbrev=False)
     option = parser.add_argument
     option("--prompt", metavar="TEXT", help="what to generate an image of")
     option("--negative", metavar="TEXT", default="", help="what to avoid")
     option(
-        "--weights", metavar="PATH", default=DEFAULT_WEIGHTS, type=a_path, help="checkpoint (the emoji model)"
+        "--weights",
+        metavar="PATH",
+        default=DEFAULT_WEIGHTS,
+        type=to_path,
+        help="checkpoint (the emoji model)",
     )
     option(
-        "--out", metavar="FILE", default="out.png", type=a_path, help="out-1.png, ... if it exists (out.png)"
+        "--out", metavar="FILE", default="out.png", type=to_path, help="out-1.png, ... if it exists (out.png)"
     )
     option("--steps", metavar="N", default=50, type=int, help="denoising steps, 1 to 1000 (50)")
     option("--guidance", metavar="G", default=7.5, type=float, help="how closely to follow the prompt (7.5)")
@@ -1186,9 +1195,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--n", metavar="N", default=1, type=int, help="number of images (1)")
     option("--width", metavar="W", type=int, help="pixels, a multiple of 8 (the image's or model's)")
     option("--height", metavar="H", type=int, help="likewise")
-    option("--image", metavar="FILE", type=a_path, help="an image to start from")
+    option("--image", metavar="FILE", type=to_path, help="an image to start from")
     option("--strength", metavar="S", type=float, help="how much of it to change, over 0 to 1 (0.8)")
-    option("--mask", metavar="FILE", type=a_path, help="redraw the image only where this is white")
+    option("--mask", metavar="FILE", type=to_path, help="redraw the image only where this is white")
     option("--device", metavar="D", help="cpu, cuda, cuda:1, mps, ... (the fastest there is)")
     option("--dtype", metavar="D", choices=FLOATS, help="fp32, fp16 or bf16 (fp32 on a CPU, else fp16)")
     option("--offload", action="store_true", help="keep each model on the device only while it runs")
@@ -1196,8 +1205,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.prompt is None:
         parser.error("--prompt is missing")
-    if args.strength is not None and args.image is None:
-        parser.error("--strength is given and must be used with --image only")
     return args
 
 
@@ -1246,63 +1253,66 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     return name
 
 
-def run(args: argparse.Namespace) -> None:
-    """Generates and saves the images; raises OSError or ValueError."""
+def generate_files(arguments: list[str]) -> int:
+    """Generates and saves images by the options of a command line; raises OSError or ValueError."""
+    args = parse(arguments)
     for name in ("prompt", "negative"):
         valid = not re.search("[\ud800-\udfff]", getattr(args, name))  # what Python makes of other bytes
         check(name, "not valid UTF-8", valid, "written anew")
     check("out", args.out, args.out.suffix.lower() == ".png", "a name that ends in .png")
-    claim(args.out).unlink()  # fails now rather than after an image
-    device = pick_device(args.device)
-    dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
+    claim(args.out).unlink()  # a folder that cannot be written to is told now, and not after an image
+    check("strength", "given", args.strength is None or args.image is not None, "used with an image only")
     image, mask = args.image and open_image(args.image), args.mask and open_image(args.mask, "black")
     settings = Settings(
         args.prompt, args.negative, args.steps, args.guidance, args.sampler, args.seed, args.n, args.width,
         args.height, image, 0.8 if args.strength is None else args.strength, mask,
     )  # fmt: skip
-    settings.resolve(Config())  # tells mistakes before loading
+    settings.resolve(Config())  # so that mistakes are told before weights are loaded
+    device = pick_device(args.device)
+    dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     with warnings.catch_warnings(record=True) as notes:
         model = load(args.weights, device, FLOATS[dtype], args.offload)
-    settings = settings.resolve(model.config)
-    if args.compile:
-        model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
+        settings = settings.resolve(model.config)
+        if dtype == "fp16" and device.type == "cpu":
+            warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
+        side, area = model.config.image_size, settings.width * settings.height
+        if not 0.25 <= area / side**2 <= 2.25:
+            warnings.warn(f"the model was made for images of about {side}x{side} pixels", stacklevel=1)
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {settings.width}x{settings.height}, "
     about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {settings.seed}"
     print(about, file=sys.stderr)
     for note in notes:
-        warnings.warn(note.message, stacklevel=2)
-    if dtype == "fp16" and device.type == "cpu":
-        warnings.warn("fp16 is 10 to 20 times slower than bf16 on a CPU; try --dtype bf16", stacklevel=2)
-    if not 0.5 <= settings.width * settings.height / model.config.image_size**2 <= 2.25:
-        warnings.warn(
-            f"the model is made for images of about {model.config.image_size}x{model.config.image_size}"
-        )
+        warnings.warn(note.message, stacklevel=1)
+    if args.compile:
+        model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     for i in range(args.n):  # one by one, so that each is saved when it is done
-        one = replace(settings, seed=settings.seed + i, n=1)
-        [image] = model.generate(**vars(one), progress=sys.stderr.isatty())
+        settings = replace(settings, seed=settings.seed + (i > 0), n=1)
+        [image] = model.generate(**vars(settings), progress=sys.stderr.isatty())
         print(save_image(image, args.out), flush=True)
+    return 0
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, 2 after a user's mistake, 130 when interrupted."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(
+    run: Callable[[list[str]], int] = generate_files, program: str = "sd.py", smaller: str = "size, --offload"
+) -> int:
+    """Runs a command line; returns its exit status: 0, 2 after a user's mistake, 130 when interrupted."""
     reuse_memory()
-    warnings.showwarning = lambda message, *_: print(f"sd.py: note: {one_line(message)}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"{program}: note: {one_line(message)}", file=sys.stderr)
     try:
-        run(parse(arguments))
-        return 0
+        return run(sys.argv[1:])
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError) as error:
         wrong = one_line(error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
-            wrong = "out of memory; try a smaller size, --offload or --dtype bf16"
-        elif "--compile" in arguments and type(error).__module__.startswith("torch._"):
-            wrong = f"cannot compile: {one_line(str(error).partition(chr(10) * 2)[0])}; leave out --compile"
+            wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
+        elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
+            reason, *_ = str(error).split("\n\n")  # the rest is for developers
+            wrong = f"cannot compile: {one_line(reason)}; leave out --compile"
         else:
             raise
-    print(f"sd.py: error: {wrong}", file=sys.stderr)
+    print(f"{program}: error: {wrong}", file=sys.stderr)
     return 2
 
 
