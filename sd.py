@@ -2,10 +2,10 @@
 
     python sd.py --prompt "a photograph of an astronaut riding a horse" --weights v1-5-pruned-emaonly.ckpt
 
-The tokenizer (section 2) turns the prompt into ids, and the text encoder (4) turns these into a context.
-Starting from noise, the UNet (6) predicts the noise in the latents, which have an eighth of an image's height
-and width, and a sampler (7) removes some of it, step by step. The autoencoder (5) decodes the latents. The
-pipeline (8) puts this together. Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
+The tokenizer (section 2) turns the prompt into ids, the text encoder (4) these into a context. Starting from
+noise, the UNet (6) predicts the noise in the latents, an image at an eighth of its size, and a sampler (7)
+removes some of it, step by step. The autoencoder (5) decodes the latents; the pipeline (8) connects all this.
+Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
 
 Comments at line ends give shapes: B batch, T tokens, D dimension, C channels, H W pixels, h w latents.
 
@@ -32,7 +32,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, count, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import regex
@@ -52,13 +52,9 @@ DEFAULT_WEIGHTS = HERE / "weights" / "emoji.safetensors"
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model; by default those of Stable Diffusion v1 (CompVis, v1-inference.yaml).
-
-    Raises ValueError for sizes that no model can have.
-    """
+    """The sizes of a model, by default Stable Diffusion v1's (CompVis, v1-inference.yaml), or a ValueError."""
 
     image_size: int = 512  # default height and width of an image, in pixels
-
     vocab_size: int = 49408
     vocabulary: tuple[str, ...] = ()  # BERT's tokens, in the order of their ids, for BERT in CLIP's place
     text_length: int = 77  # tokens, including start and end
@@ -76,7 +72,6 @@ class Config:
     unet_blocks: int = 2  # residual blocks per level on the way down; one more on the way up
     unet_heads: int = 8
     norm_groups: int = 32
-
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
@@ -90,16 +85,14 @@ class Config:
                 most = 100 if field.name.endswith(("_layers", "_blocks")) else 2**20
                 right = 1 <= len(numbers) <= 8 and all(n is False or 0 < n <= most for n in numbers)
                 check(field.name, value, right, f"over 0 and at most {most}, at 1 to 8 levels")
-        same = len(self.unet_attention) == len(self.unet_channels)
-        check("unet_attention", self.unet_attention, same, "as long as unet_channels")
+        heads, groups, levels = self.unet_heads, self.norm_groups, len(self.unet_channels)
+        check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
         check("beta_end", self.beta_end, self.beta_start <= self.beta_end < 1, "from beta_start to below 1")
         check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
-        for channels in self.unet_channels + self.vae_channels:
-            check(
-                "norm_groups", self.norm_groups, channels % self.norm_groups == 0, f"a divisor of {channels}"
-            )
         for channels in self.unet_channels:
-            check("unet_heads", self.unet_heads, channels % self.unet_heads == 0, f"a divisor of {channels}")
+            check("unet_heads", heads, channels % heads == 0, f"a divisor of {channels}")
+        for channels in self.unet_channels + self.vae_channels:
+            check("norm_groups", groups, channels % groups == 0, f"a divisor of {channels}")
 
     @property
     def downscale(self) -> int:
@@ -107,7 +100,7 @@ class Config:
         return 2 ** (len(self.vae_channels) - 1)
 
 
-def check(name: str, value: object, right: bool, wanted: str) -> None:
+def check(name: str, value: object, right: object, wanted: str) -> None:
     """Raises ValueError unless the value called `name` is `right`."""
     if not right:
         raise ValueError(f"{name} is {value} and must be {wanted}")
@@ -187,16 +180,6 @@ class Tokenizer:
 # Modules that several of the three models share. Text is (B, T, D), images and latents are (B, C, H, W).
 
 
-def attention_in_chunks(q: Tensor, k: Tensor, v: Tensor, queries: int = 128) -> Tensor:
-    """Scaled dot-product attention in plain products, `queries` at a time: in bfloat16 on a CPU it takes half
-    the time of PyTorch's fused kernel. (B, heads, T, -1), (B, heads, S, -1) twice -> (B, heads, T, -1)"""
-    batch, dim = len(q), q.shape[-1]
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    k = k.transpose(1, 2) * dim**-0.5  # (B * heads, -1, S)
-    chunks = [(chunk @ k).softmax(dim=-1) @ v for chunk in q.split(queries, dim=1)]
-    return torch.cat(chunks, dim=1).unflatten(0, (batch, -1))
-
-
 class Attention(nn.Module):
     """Multi-head scaled dot-product attention (Vaswani et al. 2017, sec. 3.2, arXiv:1706.03762) of tokens to
     themselves or to a context."""
@@ -210,13 +193,14 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, S, context_dim) -> (B, T, D). A boolean mask, (B, 1, T, S) or broadcastable to it, is
-        False where a token is hidden."""
+        """(B, T, D), (B, S, context_dim) -> (B, T, D); a boolean mask (B, 1, T, S) is False where hidden"""
         context = x if context is None else context
         q, k, v = self.q(x), self.k(context), self.v(context)  # (B, T, D), (B, S, D), (B, S, D)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, -1)
         if q.device.type == "cpu" and q.dtype == torch.bfloat16 and mask is None:
-            x = attention_in_chunks(q, k, v)
+            # 128 queries at a time, in plain products: half the time of PyTorch's fused kernel.
+            k = k.transpose(2, 3) * q.shape[-1] ** -0.5  # (B, heads, -1, S)
+            x = torch.cat([(queries @ k).softmax(dim=-1) @ v for queries in q.split(128, dim=2)], dim=2)
         else:
             x = F.scaled_dot_product_attention(q, k, v, mask)
         return self.out(x.transpose(1, 2).flatten(2))  # (B, T, D)
@@ -252,8 +236,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, *size), by default twice the size"""
-        height, width = x.shape[-2:]
-        return self.conv(F.interpolate(x, size or (2 * height, 2 * width)))
+        return self.conv(F.interpolate(x, size, scale_factor=None if size else 2.0))
 
 
 # --------------------------------------------------------------------------------------------- 4 text encoder
@@ -283,19 +266,16 @@ class CLIPTextEncoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        # nn.Embedding's own initialization makes PyTorch import its compiler on the meta device, which takes 0.6 s.
-        tokens = torch.zeros(config.vocab_size, config.text_dim)
-        positions = torch.zeros(config.text_length, config.text_dim)
-        self.token_embedding = nn.Embedding.from_pretrained(tokens, freeze=False)
-        self.position_embedding = nn.Embedding.from_pretrained(positions, freeze=False)
-        layers = (TextLayer(config.text_dim, config.text_heads) for _ in range(config.text_layers))
-        self.layers = nn.ModuleList(layers)
+        self.token_embedding = nn.Parameter(torch.zeros(config.vocab_size, config.text_dim))
+        self.position_embedding = nn.Parameter(torch.zeros(config.text_length, config.text_dim))
+        dim, heads = config.text_dim, config.text_heads
+        self.layers = nn.ModuleList(TextLayer(dim, heads) for _ in range(config.text_layers))
         self.norm = nn.LayerNorm(config.text_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) int64, T at most text_length -> (B, T, text_dim), the last hidden state, normalized"""
         length = ids.shape[1]
-        x = self.token_embedding(ids) + self.position_embedding.weight[:length]  # (B, T, D)
+        x = F.embedding(ids, self.token_embedding) + self.position_embedding[:length]  # (B, T, D)
         causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
         for layer in self.layers:
             x = layer(x, causal)
@@ -303,8 +283,7 @@ class CLIPTextEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- 5 autoencoder
-# A variational autoencoder (Kingma and Welling 2013, arXiv:1312.6114) between images and latents
-# (Rombach et al. 2022, sec. 3.1).
+# A variational autoencoder (Kingma and Welling 2013, arXiv:1312.6114; Rombach et al. 2022, sec. 3.1).
 
 
 class ImageAttention(Attention):
@@ -325,7 +304,7 @@ def residual_blocks(count: int, channels: int, out_channels: int, groups: int) -
     return [ResidualBlock(c, out_channels, groups) for c in [channels] + (count - 1) * [out_channels]]
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """(B, 3, H, W) -> (B, 2 * latent_channels, h, w)"""
 
     def __init__(self, config: Config):
@@ -342,14 +321,11 @@ class Encoder(nn.Module):
         before, after = residual_blocks(2, channels, channels, groups)
         self.middle = nn.Sequential(before, ImageAttention(channels, groups), after)
         self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.activation = nn.SiLU()
         self.conv_out = nn.Conv2d(channels, 2 * config.latent_channels, 3, padding=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.middle(self.down(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
 
-
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """(B, latent_channels, h, w) -> (B, 3, H, W)"""
 
     def __init__(self, config: Config):
@@ -366,11 +342,8 @@ class Decoder(nn.Module):
                 layers.append(Upsample(channels))
             self.up.append(nn.Sequential(*layers))
         self.norm_out = nn.GroupNorm(groups, channels, eps=1e-6)
+        self.activation = nn.SiLU()
         self.conv_out = nn.Conv2d(channels, 3, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.up(self.middle(self.conv_in(x)))
-        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class VAE(nn.Module):
@@ -378,10 +351,9 @@ class VAE(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        channels = config.latent_channels
         self.encoder = Encoder(config)
-        self.quant = nn.Conv2d(2 * channels, 2 * channels, 1)
-        self.post_quant = nn.Conv2d(channels, channels, 1)
+        self.quant = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
+        self.post_quant = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
         self.decoder = Decoder(config)
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -542,7 +514,7 @@ class DDIM:
         return (latents - (1 - a_t) ** 0.5 * noise_pred) / a_t**0.5
 
     def step(self, i: int, latents: Tensor, noise_pred: Tensor, noise: Tensor) -> Tensor:
-        """The i-th latents, the noise predicted in them, fresh noise, (B, C, h, w) each -> the next latents"""
+        """The i-th latents, the noise predicted in them, fresh noise: (B, C, h, w) each -> the next ones"""
         a_t, a_prev = self.alphas_cumprod[i : i + 2]
         variance = self.eta**2 * (1 - a_prev) / (1 - a_t) * (1 - a_t / a_prev)  # eq. 16
         x0 = self.predict_x0(i, latents, noise_pred)
@@ -557,8 +529,7 @@ class DDPM(DDIM):
 
 
 class DPMPlusPlus(DDIM):
-    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2, arXiv:2211.01095), whose first and last step are DDIM's; the
-    others also use the x0 of the step before."""
+    """DPM-Solver++(2M) (Lu et al. 2022, alg. 2, arXiv:2211.01095); its first and last steps are DDIM's."""
 
     ends_without_noise = True
 
@@ -587,7 +558,7 @@ SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusP
 
 
 # ------------------------------------------------------------------------------------------------- 8 pipeline
-# From a prompt to an image: StableDiffusion.denoise and StableDiffusion.generate.
+# From a prompt to an image: `denoise` and `generate`.
 
 
 def open_image(source: Any, background: str = "white") -> Image.Image:
@@ -603,8 +574,7 @@ def open_image(source: Any, background: str = "white") -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # damaged files fail in many ways
-        reason = f"{source}: cannot be used as an image: {one_line(error)}"
-        raise ValueError(f"{reason}; use a still PNG or JPEG") from error
+        raise ValueError(f"{source}: unusable as an image: {one_line(error)}; use a still PNG") from error
 
 
 def one_line(error: object) -> str:
@@ -640,31 +610,32 @@ class Settings:
     strength: float = 0.8  # how much to change it, over 0 to 1
     mask: Any = None  # a file or a PIL image of the same size: the image is redrawn where this is white
 
-    def resolve(self, config: Config) -> "Settings":
-        """These settings, checked and completed for a model of `config`, image and mask opened and resized."""
-        prompt = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
-        seed = random.randrange(2**32) if self.seed is None else int(self.seed)
-        image, mask = self.image and open_image(self.image), self.mask and open_image(self.mask, "black")
-        unit, limit, last_seed = config.downscale, 2**14, 2**64 - self.n * len(prompt)
-        size = image.size if image else (config.image_size, config.image_size)
-        width = size[0] // unit * unit if self.width is None else self.width
-        height = size[1] // unit * unit if self.height is None else self.height
-        strength = self.strength if image else 1.0
+    def resolve(self, config: Config) -> None:
+        """Checks and completes the settings for a model of `config`; opens and resizes image and mask."""
+        unit, limit = config.downscale, 2**14
+        self.prompt = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        self.seed = random.randrange(2**32) if self.seed is None else int(self.seed)
+        self.image = self.image and open_image(self.image)
+        self.mask = self.mask and open_image(self.mask, background="black")
+        width, height = self.image.size if self.image else (config.image_size, config.image_size)
+        width = self.width = width // unit * unit if self.width is None else self.width
+        height = self.height = height // unit * unit if self.height is None else self.height
+        last_seed = 2**64 - self.n * len(self.prompt)
         check("steps", self.steps, 1 <= self.steps <= config.timesteps, f"from 1 to {config.timesteps}")
         check("guidance", self.guidance, math.isfinite(self.guidance), "a finite number, 1 for none")
         check("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
         check("n", self.n, self.n >= 1, "1 or more")
-        check("seed", seed, 0 <= seed <= last_seed, f"from 0 to {last_seed}")
+        check("seed", self.seed, 0 <= self.seed <= last_seed, f"from 0 to {last_seed}")
         check("width", width, width in range(unit, limit + 1, unit), f"a multiple of {unit} up to {limit}")
         check("height", height, height in range(unit, limit + 1, unit), f"a multiple of {unit} up to {limit}")
-        check("strength", strength, 0 < strength <= 1, "over 0 and at most 1")
-        check("mask", "given", not mask or image, "used with an image only")
-        if mask:
-            check("mask", f"{mask.size} pixels", mask.size == image.size, f"its image's {image.size}")
-            mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.LANCZOS)
-        image = image and ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-        size = {"width": width, "height": height}
-        return replace(self, prompt=prompt, seed=seed, image=image, strength=strength, mask=mask, **size)
+        check("strength", self.strength, 0 < self.strength <= 1, "over 0 and at most 1")
+        check("mask", "given", self.image or not self.mask, "used with an image only")
+        if self.mask:
+            size = self.image.size
+            check("mask", f"{self.mask.size} pixels", self.mask.size == size, f"of its image's size, {size}")
+            self.mask = ImageOps.fit(self.mask.convert("L"), (width, height), Image.Resampling.LANCZOS)
+        self.image = self.image and ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS)
+        self.strength = self.strength if self.image else 1.0
 
     def parameters(self, i: int, model: str) -> str:
         """The resolved settings of image i, as AUTOMATIC1111's web UI writes and reads them."""
@@ -678,13 +649,8 @@ class Settings:
         return f"{self.prompt[i // self.n]}{negative}\n{text}"
 
 
-class Step(NamedTuple):
-    """What `denoise` yields: number and timestep of a step, the latents after it, and the x0 predicted in it."""
-
-    number: int
-    timestep: int
-    latents: Tensor  # (B, C, h, w), scaled, like x0
-    x0: Tensor
+# What `denoise` yields: a step's number and timestep, and (B, C, h, w) each, the latents after it and its x0.
+Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])
 
 
 class StableDiffusion(nn.Module):
@@ -723,7 +689,7 @@ class StableDiffusion(nn.Module):
         """B texts -> context (B, T, text_dim). Warns about words that do not fit."""
         for text in dict.fromkeys(texts):
             if words := self.tokenizer.dropped(text):
-                most = self.config.text_length - 2
+                most = self.tokenizer.length - 2
                 warnings.warn(f"a prompt has over {most} tokens; dropped: {' '.join(words)}", stacklevel=2)
         ids = torch.tensor([self.tokenizer(text) for text in texts], device=self.device)  # (B, T)
         with self.on_device(self.text_encoder):
@@ -750,8 +716,8 @@ class StableDiffusion(nn.Module):
         return torch.cat(images)
 
     def predict_noise(self, latents: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598): (B, C, h, w) and contexts
-        (B, T, text_dim) of the prompts and of what to avoid -> (B, C, h, w)"""
+        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598): latents (B, C, h, w), contexts
+        (B, T, text_dim) -> (B, C, h, w)"""
         timesteps = torch.full((len(latents),), t, device=latents.device)
         latents = latents.to(cond.dtype)
         if guidance == 1:
@@ -763,13 +729,13 @@ class StableDiffusion(nn.Module):
     @torch.no_grad()
     def denoise(self, prompt: str | list[str], negative: str = "", **settings: Any) -> Iterator[Step]:
         """Runs the reverse process; takes the arguments of `generate` and yields a Step after each step."""
-        s = Settings(prompt, negative, **settings).resolve(self.config)
-        prompts = [text for text in s.prompt for _ in range(s.n)]
-        cond = self.embed(prompts)  # (B, T, text_dim)
+        s = Settings(prompt, negative, **settings)
+        s.resolve(self.config)
+        cond = self.embed([text for text in s.prompt for _ in range(s.n)])  # (B, T, text_dim)
         uncond = self.embed([s.negative]).expand_as(cond)
         unit, sampler = self.config.downscale, SAMPLERS[s.sampler](self.config, s.steps, s.strength)
         shape = (self.config.latent_channels, s.height // unit, s.width // unit)
-        generators = [torch.Generator().manual_seed(s.seed + i) for i in range(len(prompts))]
+        generators = [torch.Generator().manual_seed(s.seed + i) for i in range(len(cond))]
 
         def draw() -> Tensor:  # on the CPU, so that neither the device nor the batch changes an image's noise
             noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
@@ -795,34 +761,28 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, prompt: str | list[str], negative: str = "", *, steps: int = 50, guidance: float = 7.5,
-        sampler: str = "ddpm", seed: int | None = None, n: int = 1, width: int | None = None,
-        height: int | None = None, image: str | Path | Image.Image | None = None, strength: float = 0.8,
-        mask: str | Path | Image.Image | None = None, progress: bool = True,
-    ) -> list[Image.Image]:  # fmt: skip
-        """Generates images; Settings describes the arguments. In its `info`, each image has its "seed", on which
-        alone its noise depends, and as "parameters" all settings. Raises ValueError for bad arguments."""
-        s = Settings(
-            prompt, negative, steps, guidance, sampler, seed, n, width, height, image, strength, mask
-        )
-        s = s.resolve(self.config)
-        total = len(SAMPLERS[sampler](self.config, steps, s.strength).timesteps)
+        self, prompt: str | list[str], negative: str = "", *, progress: bool = True, **settings: Any
+    ) -> list[Image.Image]:
+        """Generates images; Settings has the other arguments. The noise of image i depends on `seed + i` only.
+        Its `info` has its "seed" and, as "parameters", all settings. Raises ValueError."""
+        s = Settings(prompt, negative, **settings)
+        s.resolve(self.config)
+        total = len(SAMPLERS[s.sampler](self.config, s.steps, s.strength).timesteps)
         for step in tqdm(self.denoise(**vars(s)), total=total, disable=not progress):
             pass
         decoded = self.decode(step.latents)  # (B, 3, H, W)
-        if not decoded.isfinite().all():
-            raise ValueError(f"the image is not finite with {self.name}; try bf16, fp32 or other weights")
+        check("the image", f"not finite with {self.name}", decoded.isfinite().all(), "made in bf16 or fp32")
         images = to_images(decoded)
         if s.mask:
-            images = [Image.composite(new, s.image, s.mask) for new in images]
-        for i, new in enumerate(images):
-            new.info = {"seed": s.seed + i, "parameters": s.parameters(i, self.name)}
+            images = [Image.composite(image, s.image, s.mask) for image in images]
+        for i, image in enumerate(images):
+            image.info = {"seed": s.seed + i, "parameters": s.parameters(i, self.name)}
         return images
 
 
 # ---------------------------------------------------------------------------------------------- 9 checkpoints
-# Files are memory-mapped: weights that need no conversion stay in the file. Our names of tensors lead to those
-# of the two dialects, CompVis's single file and diffusers' folder, by one table; it also serves saving.
+# Files are memory-mapped, and weights that need no conversion stay there. One table leads from our names of
+# tensors to those of both dialects, CompVis's single file and diffusers' folder; it serves saving, too.
 
 COMPVIS, DIFFUSERS = 0, -1  # which of the words in NAMES
 CONFIG_KEY = "sd.py"  # in a file's metadata, for the Config as JSON
@@ -834,44 +794,37 @@ PREFIXES = {
 }
 NAMES = {  # ours: CompVis's and, where it is another one, diffusers'
     "text_encoder": {
-        "token_embedding": "embeddings.token_embedding", "position_embedding": "embeddings.position_embedding",
-        "layers": "encoder.layers", "norm1": "layer_norm1", "attention": "self_attn", "q": "q_proj",
-        "k": "k_proj", "v": "v_proj", "out": "out_proj", "norm2": "layer_norm2", "fc1": "mlp.fc1",
-        "fc2": "mlp.fc2", "norm": "final_layer_norm",
-    },
-    "bert": {
-        "token_embedding": "embeddings.word_embeddings", "position_embedding": "embeddings.position_embeddings",
-        "layers": "encoder.layer", "norm1": "attention.output.LayerNorm", "attention.q": "attention.self.query",
-        "attention.k": "attention.self.key", "attention.v": "attention.self.value", "norm": "embeddings.LayerNorm",
-        "attention.out": "attention.output.dense", "fc1": "intermediate.dense", "fc2": "output.dense",
-        "norm2": "output.LayerNorm",
+        "token_embedding": "embeddings.token_embedding.weight", "layers": "encoder.layers", "q": "q_proj",
+        "position_embedding": "embeddings.position_embedding.weight", "k": "k_proj", "v": "v_proj",
+        "attention": "self_attn", "out": "out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
+        "fc1": "mlp.fc1", "fc2": "mlp.fc2", "norm": "final_layer_norm",
     },
     "vae": {
-        "quant": "quant_conv", "post_quant": "post_quant_conv", "shortcut": "nin_shortcut conv_shortcut",
         "middle.0": "mid.block_1 mid_block.resnets.0", "middle.1": "mid.attn_1 mid_block.attentions.0",
-        "middle.2": "mid.block_2 mid_block.resnets.1", "norm": "norm group_norm", "q": "q to_q", "k": "k to_k",
-        "v": "v to_v", "out": "proj_out to_out.0", "norm_out": "norm_out conv_norm_out",
+        "middle.2": "mid.block_2 mid_block.resnets.1", "shortcut": "nin_shortcut conv_shortcut",
+        "norm": "norm group_norm", "q": "q to_q", "k": "k to_k", "v": "v to_v", "out": "proj_out to_out.0",
+        "norm_out": "norm_out conv_norm_out", "quant": "quant_conv", "post_quant": "post_quant_conv",
     },
     "unet": {
         "time_mlp.0": "time_embed.0 time_embedding.linear_1", "conv_in": "input_blocks.0.0 conv_in",
-        "time_mlp.2": "time_embed.2 time_embedding.linear_2", "norm_out": "out.0 conv_norm_out",
-        "conv_out": "out.2 conv_out", "norm1": "in_layers.0 norm1", "conv1": "in_layers.2 conv1",
-        "time": "emb_layers.1 time_emb_proj", "norm2": "out_layers.0 norm2", "conv2": "out_layers.3 conv2",
-        "shortcut": "skip_connection conv_shortcut", "norm_self": "transformer_blocks.0.norm1",
-        "self_attention": "transformer_blocks.0.attn1", "norm_cross": "transformer_blocks.0.norm2",
-        "cross_attention": "transformer_blocks.0.attn2", "norm_mlp": "transformer_blocks.0.norm3",
-        "fc1": "transformer_blocks.0.ff.net.0.proj", "fc2": "transformer_blocks.0.ff.net.2",
-        "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0",
+        "time_mlp.2": "time_embed.2 time_embedding.linear_2", "conv_out": "out.2 conv_out",
+        "norm_out": "out.0 conv_norm_out", "time": "emb_layers.1 time_emb_proj",
+        "norm1": "in_layers.0 norm1", "conv1": "in_layers.2 conv1", "norm2": "out_layers.0 norm2",
+        "conv2": "out_layers.3 conv2", "shortcut": "skip_connection conv_shortcut",
         "middle.0.residual": "middle_block.0 mid_block.resnets.0",
         "middle.0.transformer": "middle_block.1 mid_block.attentions.0",
         "middle.1.residual": "middle_block.2 mid_block.resnets.1",
+        "norm_self": "transformer_blocks.0.norm1", "self_attention": "transformer_blocks.0.attn1",
+        "norm_cross": "transformer_blocks.0.norm2", "cross_attention": "transformer_blocks.0.attn2",
+        "norm_mlp": "transformer_blocks.0.norm3", "fc1": "transformer_blocks.0.ff.net.0.proj",
+        "fc2": "transformer_blocks.0.ff.net.2", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0",
     },
 }  # fmt: skip
 
 
 def level_names(config: Config) -> dict[str, dict[str, str]]:
-    """What NAMES has for levels. CompVis numbers the decoder's levels from the image down and the UNet's blocks
-    straight through."""
+    """What NAMES has for levels. CompVis numbers the decoder's levels from the image down, and the UNet's
+    blocks straight through."""
     vae, unet, last = {}, {}, len(config.vae_channels) - 1
     for i in range(last + 1):
         for j in range(config.vae_blocks + 1):
@@ -895,30 +848,31 @@ def level_names(config: Config) -> dict[str, dict[str, str]]:
 def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[str, str]:
     """Each of our names -> the name with a dialect's words; the longest of ours counts"""
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
-    word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.)")
+    word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.|$)")
     return {name: word.sub(lambda match: words[match[0]].split()[dialect], name) for name in names}
 
 
 def names_in(dialect: int, model: StableDiffusion) -> dict[str, str]:
     """Our name of each tensor of the model -> its name in a dialect"""
-    names, levels = {}, level_names(model.config)
-    for part, prefixes in PREFIXES.items():
-        words = NAMES["bert" if model.config.vocabulary and part == "text_encoder" else part] | levels[part]
-        renamed = rename(model.get_submodule(part).state_dict(), words, dialect)
-        names |= {f"{part}.{ours}": prefixes.split()[dialect] + theirs for ours, theirs in renamed.items()}
+    names = {}
+    words = NAMES | getattr(model.text_encoder, "NAMES", {})  # BERT has its own
+    for part, levels in level_names(model.config).items():
+        renamed = rename(model.get_submodule(part).state_dict(), words[part] | levels, dialect)
+        prefix = PREFIXES[part].split()[dialect]
+        names |= {f"{part}.{ours}": prefix + theirs for ours, theirs in renamed.items()}
     return names
 
 
 DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
 
 
 def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and metadata of a .safetensors file: 8 bytes for the length of the header, the header in JSON,
-    then the bytes of the tensors without gaps."""
+    """The tensors and metadata of a .safetensors file: 8 bytes for the length of the header, the header in
+    JSON, then the bytes of the tensors without gaps."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
@@ -950,24 +904,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes what `read_safetensors` reads, atomically."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
-    for name, tensor in tensors.items():
-        begin, end = end, end + tensor.nbytes
-        entry = {"dtype": dtypes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        header[name] = entry
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)  # aligns the tensors
-    with atomic_write(path) as file:
-        file.write(len(head).to_bytes(8, "little") + head)
-        for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-
-
 class Placeholder:
-    """Stands for the objects of training frameworks that a .ckpt may hold beside its tensors; does nothing."""
+    """Stands for objects of training frameworks, which a .ckpt may hold beside its tensors; does nothing."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -979,9 +917,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors in a file of torch.save, and its strings as metadata. No code of the file is run."""
     mapped, foreign = False, []
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(
-            path
-        ) as archive:  # PyTorch takes compressed records for numbers when it maps a file
+        with zipfile.ZipFile(path) as archive:  # a map of compressed records would be read as numbers
             mapped = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     mapped = mapped and path.suffix != ".safetensors"  # which PyTorch does not take for a pickle
@@ -1003,13 +939,12 @@ UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comp
 FAMILIES = {  # other models, and a tensor that tells them, by its name and the second number of its shape
     "a LoRA": r"lora[_.]|\.hada_w1|\.lokr_w1",
     "a ControlNet": r"^control_model\.|^controlnet_",
-    "Stable Diffusion XL": r"^conditioner\.|attn2\.to_k\.weight 2048$",
-    "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2\.to_k\.weight 1024$",
-    "FLUX or Stable Diffusion 3": r"double_blocks\.|joint_blocks\.",
     "a textual inversion": r"^string_to_param|^emb_params",
+    "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2\.to_k\.weight 1024$",
+    "Stable Diffusion XL": r"^conditioner\.|attn2\.to_k\.weight 2048$",
+    "FLUX or Stable Diffusion 3": r"double_blocks\.|joint_blocks\.",
     "an inpainting UNet (9 input channels)": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight 9$",
     "an InstructPix2Pix UNet (8 input channels)": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight 8$",
-    "a model with BERT in CLIP's place": r"token_type_embeddings\.",
     "a VAE alone": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)",
     "a UNet alone": r"^(input_blocks|down_blocks)\.",
 }
@@ -1027,19 +962,18 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[mmap.mma
     return *read_pickle(path), []
 
 
-# diffusers' names in config.json, and ours. In SD v1, attention_head_dim is the number of heads.
-DIFFUSERS_CONFIG = {
+DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_dim is the number of heads
     "text_encoder": {
         "vocab_size": "vocab_size", "max_position_embeddings": "text_length", "hidden_size": "text_dim",
         "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads",
     },
     "vae": {
-        "latent_channels": "latent_channels", "scaling_factor": "latent_scale", "layers_per_block": "vae_blocks",
-        "block_out_channels": "vae_channels", "norm_num_groups": "norm_groups",
+        "block_out_channels": "vae_channels", "layers_per_block": "vae_blocks", "scaling_factor": "latent_scale",
+        "latent_channels": "latent_channels", "norm_num_groups": "norm_groups",
     },
     "unet": {
-        "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks", "norm_num_groups": "norm_groups",
-        "attention_head_dim": "unet_heads", "cross_attention_dim": "text_dim", "down_block_types": "unet_attention",
+        "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks", "cross_attention_dim": "text_dim",
+        "attention_head_dim": "unet_heads", "norm_num_groups": "norm_groups", "down_block_types": "unet_attention",
     },
     "scheduler": {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"},
 }  # fmt: skip
@@ -1099,9 +1033,9 @@ def load(
     try:
         tensors, config, maps = read_checkpoint(path)
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
-        reason = re.sub(r"(?s).*WeightsUnpickler error: (.*?)(\. |\n).*", r"\1", str(error)) or error
-        about = f"{path}: not a whole checkpoint of Stable Diffusion v1, or damaged"
-        raise ValueError(f"{about}: {one_line(reason)}") from error
+        reason = re.split(r"\. | Check ", one_line(error).rpartition("WeightsUnpickler error: ")[2])[0]
+        advice = "use a whole Stable Diffusion v1 checkpoint, or download it again"
+        raise ValueError(f"{path}: {reason}; {advice}") from error
     with torch.device("meta"):
         model = StableDiffusion(config)
     target, home = model.state_dict(), torch.device("cpu" if offload else device)
@@ -1135,18 +1069,32 @@ def first_few(items: list[str]) -> str:
 
 
 def save(model: StableDiffusion, path: str | Path) -> None:
-    """Writes the model as one .safetensors file in CompVis's layout, with its Config in the metadata, atomically.
-    Raises OSError."""
-    tensors = {}
+    """Writes a model as one .safetensors file in CompVis's layout, with its Config in the metadata, atomically;
+    raises OSError."""
+    position_ids = PREFIXES["text_encoder"].split()[COMPVIS] + "embeddings.position_ids"
+    tensors = {position_ids: torch.arange(model.config.text_length)[None]}
     for name, theirs in names_in(COMPVIS, model).items():
-        tensor = model.get_parameter(name)
+        tensor = model.get_parameter(name).detach()
         if tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name):  # 1x1 convolutions in CompVis
             tensor = tensor[:, :, None, None]
         tensors[theirs] = tensor
-    position_ids = PREFIXES["text_encoder"].split()[COMPVIS] + "embeddings.position_ids"
-    tensors[position_ids] = torch.arange(model.config.text_length)[None]
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}
-    write_safetensors(Path(path).expanduser(), tensors, metadata)
+    write_safetensors(path, tensors, {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))})
+
+
+def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes what `read_safetensors` reads, atomically."""
+    header: dict[str, Any] = {"__metadata__": metadata}
+    dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        dtype, shape = dtypes[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # aligns the tensors
+    with atomic_write(Path(path).expanduser()) as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for tensor in tensors.values():
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 # -------------------------------------------------------------------------------------------- 10 command line
@@ -1154,39 +1102,16 @@ def save(model: StableDiffusion, path: str | Path) -> None:
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises ValueError for arguments that are wrong."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; see --help")
-
-    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        args, unknown = self.parse_known_args(arguments)
-        if unknown:
-            self.error(f"unknown option or word {unknown[0]}")
-        return args
-
-
-def to_path(text: str) -> Path:
-    """A path of the command line."""
-    return Path(text).expanduser()
-
-
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options for an image; raises ValueError."""
-    parser = Parser(usage="python sd.py --prompt TEXT [options]", allow_abbrev=False)
+    usage = "python sd.py --prompt TEXT [options]"
+    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
     option = parser.add_argument
     option("--prompt", metavar="TEXT", help="what to generate an image of")
     option("--negative", metavar="TEXT", default="", help="what to avoid")
+    option("--weights", metavar="PATH", default=DEFAULT_WEIGHTS, type=Path, help="checkpoint (emoji model)")
     option(
-        "--weights",
-        metavar="PATH",
-        default=DEFAULT_WEIGHTS,
-        type=to_path,
-        help="checkpoint (the emoji model)",
-    )
-    option(
-        "--out", metavar="FILE", default="out.png", type=to_path, help="out-1.png, ... if it exists (out.png)"
+        "--out", metavar="FILE", default=Path("out.png"), type=Path, help="or a free name like it (out.png)"
     )
     option("--steps", metavar="N", default=50, type=int, help="denoising steps, 1 to 1000 (50)")
     option("--guidance", metavar="G", default=7.5, type=float, help="how closely to follow the prompt (7.5)")
@@ -1195,16 +1120,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--n", metavar="N", default=1, type=int, help="number of images (1)")
     option("--width", metavar="W", type=int, help="pixels, a multiple of 8 (the image's or model's)")
     option("--height", metavar="H", type=int, help="likewise")
-    option("--image", metavar="FILE", type=to_path, help="an image to start from")
+    option("--image", metavar="FILE", type=Path, help="an image to start from")
     option("--strength", metavar="S", type=float, help="how much of it to change, over 0 to 1 (0.8)")
-    option("--mask", metavar="FILE", type=to_path, help="redraw the image only where this is white")
+    option("--mask", metavar="FILE", type=Path, help="redraw the image only where this is white")
     option("--device", metavar="D", help="cpu, cuda, cuda:1, mps, ... (the fastest there is)")
     option("--dtype", metavar="D", choices=FLOATS, help="fp32, fp16 or bf16 (fp32 on a CPU, else fp16)")
     option("--offload", action="store_true", help="keep each model on the device only while it runs")
     option("--compile", action="store_true", help="compile the UNet: slow start, faster steps")
-    args = parser.parse_args(arguments)
-    if args.prompt is None:
-        parser.error("--prompt is missing")
+    args, unknown = parser.parse_known_args(arguments)
+    check("the option or word", " ".join(unknown[:1]), not unknown, "one that --help shows")
+    check("--prompt", "missing", args.prompt is not None, "given")
     return args
 
 
@@ -1228,8 +1153,7 @@ def reuse_memory() -> None:
 
 
 def claim(path: Path) -> Path:
-    """Creates an empty file as the first of out.png, out-1.png, ... that does not exist, so that no other
-    process takes it."""
+    """Creates the first of out.png, out-1.png, ... that does not exist, so that no other process takes it."""
     for i in count():
         name = path.with_stem(f"{path.stem}-{i}") if i else path
         with suppress(FileExistsError):
@@ -1239,8 +1163,8 @@ def claim(path: Path) -> Path:
 
 
 def save_image(image: Image.Image, path: str | Path) -> Path:
-    """Saves a PNG with the parameters in the image's `info`, which web UIs read, and returns its path: `path` or,
-    where that exists, out-1.png and so on. Raises OSError."""
+    """Saves a PNG with the parameters of the image's `info`, as web UIs read them, under the first free name
+    like `path`, which it returns. Raises OSError."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", image.info.get("parameters", ""))
     name = claim(Path(path).expanduser())
@@ -1256,23 +1180,24 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
 def generate_files(arguments: list[str]) -> int:
     """Generates and saves images by the options of a command line; raises OSError or ValueError."""
     args = parse(arguments)
-    for name in ("prompt", "negative"):
-        valid = not re.search("[\ud800-\udfff]", getattr(args, name))  # what Python makes of other bytes
-        check(name, "not valid UTF-8", valid, "written anew")
+    args.out = args.out.expanduser()
+    valid = not re.search("[\ud800-\udfff]", args.prompt + args.negative)  # what Python makes of other bytes
+    check("a prompt", "not valid UTF-8", valid, "written anew")
     check("out", args.out, args.out.suffix.lower() == ".png", "a name that ends in .png")
     claim(args.out).unlink()  # a folder that cannot be written to is told now, and not after an image
     check("strength", "given", args.strength is None or args.image is not None, "used with an image only")
-    image, mask = args.image and open_image(args.image), args.mask and open_image(args.mask, "black")
-    settings = Settings(
-        args.prompt, args.negative, args.steps, args.guidance, args.sampler, args.seed, args.n, args.width,
-        args.height, image, 0.8 if args.strength is None else args.strength, mask,
-    )  # fmt: skip
-    settings.resolve(Config())  # so that mistakes are told before weights are loaded
+    args.strength = Settings.strength if args.strength is None else args.strength
+    args.image, args.mask = (
+        args.image and open_image(args.image),
+        args.mask and open_image(args.mask, "black"),
+    )
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    replace(settings).resolve(Config())  # tells mistakes before weights are loaded
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     with warnings.catch_warnings(record=True) as notes:
         model = load(args.weights, device, FLOATS[dtype], args.offload)
-        settings = settings.resolve(model.config)
+        settings.resolve(model.config)
         if dtype == "fp16" and device.type == "cpu":
             warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
         side, area = model.config.image_size, settings.width * settings.height
@@ -1302,7 +1227,7 @@ def main(
         return run(sys.argv[1:])
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, argparse.ArgumentError) as error:
         wrong = one_line(error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it

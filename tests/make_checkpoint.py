@@ -102,8 +102,8 @@ def configs(small: bool = False) -> dict[str, dict]:
     }  # fmt: skip
 
 
-def write_configs(folder: Path, small: bool = False) -> None:
-    """The diffusers folder without its weights: configs and tokenizer."""
+def write_configs(folder: Path, small: bool = False, changes: dict[str, dict] | None = None) -> None:
+    """The diffusers folder without its weights: configs, with the changes to each part's, and tokenizer."""
     sys.path.insert(0, str(HERE.parent))
     import sd
 
@@ -119,7 +119,7 @@ def write_configs(folder: Path, small: bool = False) -> None:
     for part, config in configs(small).items():
         (folder / part).mkdir(exist_ok=True)
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (folder / part / name).write_text(json.dumps(config, indent=2))
+        (folder / part / name).write_text(json.dumps(config | (changes or {}).get(part, {}), indent=2))
     tokenizer = folder / "tokenizer"
     tokenizer.mkdir(exist_ok=True)
     merges = (HERE.parent / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8")
@@ -130,12 +130,13 @@ def write_configs(folder: Path, small: bool = False) -> None:
 
 
 def reference_pipeline(
-    checkpoint: Path, folder: Path, small: bool = False, dtype: torch.dtype = torch.float32
-):
+    checkpoint: Path, folder: Path, small: bool = False, dtype: torch.dtype = torch.float32,
+    changes: dict[str, dict] | None = None,
+):  # fmt: skip
     """diffusers' own pipeline from a single file; `folder` is where it finds the configs."""
     from diffusers import StableDiffusionPipeline
 
-    write_configs(folder, small)
+    write_configs(folder, small, changes)
     pipeline = StableDiffusionPipeline.from_single_file(
         str(checkpoint), config=str(folder), local_files_only=True, torch_dtype=dtype, safety_checker=None
     )

@@ -1,35 +1,25 @@
-"""Section 7: forward process and samplers, against diffusers' schedulers, formulas and known ends."""
+"""Section 7: forward process and samplers, against diffusers' schedulers, formulas and known results."""
 
 import math
-from itertools import count, pairwise
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import measured, relative_error
 from diffusers import DDIMScheduler, DDPMScheduler, DPMSolverMultistepScheduler
-from diffusers import StableDiffusionImg2ImgPipeline as ImageToImagePipeline
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from diffusers import StableDiffusionImg2ImgPipeline as Img2ImgPipeline
 from torch import Tensor
 
 import sd
 
 CONFIG = sd.Config()
 SHAPE = (2, 4, 6, 8)
-STEPS = [1, 2, 20, 50, 500]
-STRENGTHS = [0.01, 0.02, 0.3, 0.5, 0.58, 0.75, 0.999, 1]
 # Largest relative error in float64; diffusers' ddpm ends with noise of variance 1e-20, ours with none.
 EXACT = {"ddpm": 1e-9, "ddim": 1e-12, "dpm++": 1e-12}
-SCHEDULER_CONFIG = {  # Stable Diffusion v1's
-    "num_train_timesteps": 1000,
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-    "clip_sample": False,
-}
+
+every_sampler = pytest.mark.parametrize("name", sd.SAMPLERS)
+several_steps = pytest.mark.parametrize("steps", [1, 2, 20, 50, 500])
 
 
 def assert_close(ours: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -40,254 +30,228 @@ def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> Tensor
     return torch.randn(shape or SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
+def betas() -> Tensor:
+    return torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+
+
 class DPMSolver(DPMSolverMultistepScheduler):
-    """diffusers', whose `step` rounds the sample to float32, kept from doing so."""
+    """diffusers' scheduler without the rounding of the sample to float32 in its `step`."""
 
     def step(self, noise_pred, timestep, sample):
         self.sample = sample
         return super().step(noise_pred, timestep, sample)
 
-    def dpm_solver_first_order_update(self, clean, sample, noise):
-        return super().dpm_solver_first_order_update(clean, sample=self.sample)
+    def dpm_solver_first_order_update(self, x0, sample, noise):
+        return super().dpm_solver_first_order_update(x0, sample=self.sample)
 
-    def multistep_dpm_solver_second_order_update(self, cleans, sample, noise):
-        return super().multistep_dpm_solver_second_order_update(cleans, sample=self.sample)
+    def multistep_dpm_solver_second_order_update(self, x0s, sample, noise):
+        return super().multistep_dpm_solver_second_order_update(x0s, sample=self.sample)
 
 
-def reference(sampler: str, steps: int, exact: bool = True):
+def reference(name: str, steps: int, exact: bool = True, timesteps: int = 1000):
     """diffusers' scheduler; `exact` gives it the schedule in float64, where its own is in float32."""
     dpm = DPMSolver if exact else DPMSolverMultistepScheduler
-    scheduler_class = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": dpm}[sampler]
-    scheduler = scheduler_class.from_config(SCHEDULER_CONFIG)
+    scheduler = {"ddpm": DDPMScheduler, "ddim": DDIMScheduler, "dpm++": dpm}[name].from_config({
+        "num_train_timesteps": timesteps, "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+        "beta_end": 0.012, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+    })  # fmt: skip
     if exact:
-        scheduler.alphas_cumprod = sd.noise_schedule(CONFIG)
+        scheduler.alphas_cumprod = sd.noise_schedule(sd.Config(timesteps=timesteps))
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]  # ddim's
     scheduler.set_timesteps(steps)
-    if exact and sampler == "dpm++":
-        levels = scheduler.alphas_cumprod[scheduler.timesteps]
-        sigmas = torch.cat([((1 - levels) / levels).sqrt(), torch.zeros(1)])
+    if exact and name == "dpm++":
+        alphas_cumprod = scheduler.alphas_cumprod[scheduler.timesteps]
+        sigmas = torch.cat([((1 - alphas_cumprod) / alphas_cumprod).sqrt(), torch.zeros(1)])
         assert relative_error(sigmas.float(), scheduler.sigmas) < 1e-6
         scheduler.sigmas = sigmas
     return scheduler
 
 
-def denoiser(latent: Tensor, t: int) -> Tensor:
-    """Stands for the UNet: a smooth function of all that it is given, of about unit variance."""
-    return 0.5 * latent.roll(1, dims=-1) + torch.sin(3 * latent + t) + 0.2
-
-
-def compare(ours: sd.Sampler, theirs, timesteps: list[int], dtype: torch.dtype) -> float:
+def largest_error(ours: sd.DDIM, theirs, timesteps: list[int], dtype: torch.dtype) -> float:
     """Runs both from the same noise, each on its own results; the largest relative error of any step."""
+
+    def predict_noise(latents: Tensor, t: int) -> Tensor:
+        """A smooth function of all that the UNet is given, of about unit variance."""
+        return 0.5 * latents.roll(1, dims=-1) + torch.sin(3 * latents + t) + 0.2
+
     assert ours.timesteps == timesteps
     generator, their_generator = torch.Generator().manual_seed(7), torch.Generator().manual_seed(7)
-    noise = {"generator": their_generator} if isinstance(theirs, DDPMScheduler) else {}
-
-    def draw():
-        return torch.randn(SHAPE, generator=generator, dtype=dtype)
-
-    latent = expected = normal(6, dtype=dtype)
+    options = {"generator": their_generator} if isinstance(theirs, DDPMScheduler) else {}
+    latents = expected = normal(6, dtype=dtype)
     errors = []
     for i, t in enumerate(timesteps):
-        latent = ours.step(i, latent, denoiser(latent, t), draw)
-        expected = theirs.step(denoiser(expected, t), t, expected, **noise).prev_sample
-        errors.append(relative_error(latent, expected))
+        noise = torch.randn(SHAPE, generator=generator, dtype=dtype)
+        latents = ours.step(i, latents, predict_noise(latents, t), noise)
+        expected = theirs.step(predict_noise(expected, t), t, expected, **options).prev_sample
+        errors.append(relative_error(latents, expected))
     return max(errors)
 
 
 # -------------------------------------------------------------------------------------------- forward process
 
 
-def test_noise_schedule_is_diffusers():
-    schedule = sd.noise_schedule(CONFIG)
-    assert schedule.dtype == torch.float64 and schedule.shape == (1000,)
-    assert relative_error(schedule.float(), DDPMScheduler.from_config(SCHEDULER_CONFIG).alphas_cumprod) < 1e-6
+def test_noise_schedule_matches_diffusers():
+    ours = sd.noise_schedule(CONFIG)
+    assert ours.dtype == torch.float64 and ours.shape == (1000,)
+    assert relative_error(ours.float(), reference("ddpm", 1, exact=False).alphas_cumprod) < 1e-6
 
 
 @pytest.mark.parametrize("timesteps, beta_start, beta_end", [(1000, 0.00085, 0.012), (100, 0.001, 0.2)])
-def test_noise_schedule_formula(timesteps, beta_start, beta_end):
+def test_noise_schedule_matches_its_formula(timesteps, beta_start, beta_end):
     schedule = sd.noise_schedule(sd.Config(timesteps=timesteps, beta_start=beta_start, beta_end=beta_end))
-    alphas_cumprod = 1.0
-    for t, level in enumerate(schedule.tolist()):
+    expected = 1.0
+    for t, a_t in enumerate(schedule.tolist()):
         share = t / (timesteps - 1)
-        alphas_cumprod *= 1 - ((1 - share) * math.sqrt(beta_start) + share * math.sqrt(beta_end)) ** 2
-        assert level == pytest.approx(alphas_cumprod, rel=1e-12)
+        expected *= 1 - ((1 - share) * math.sqrt(beta_start) + share * math.sqrt(beta_end)) ** 2
+        assert a_t == pytest.approx(expected, rel=1e-12)
 
 
-def test_forward_process_is_the_chain_of_single_steps():
+def test_add_noise_is_the_chain_of_single_steps():
     """q(x_t | x_t-1) = N(sqrt(1 - beta_t) x_t-1, beta_t) (Ho et al. 2020, eq. 2) adds up to eq. 4."""
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    mean, variance = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.0, dtype=torch.float64)
-    one, zero = torch.ones_like(mean), torch.zeros_like(mean)
-    for beta, level in zip(roots**2, sd.noise_schedule(CONFIG)):
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    mean, variance = one, zero
+    for beta, a_t in zip(betas(), sd.noise_schedule(CONFIG), strict=True):
         mean, variance = (1 - beta).sqrt() * mean, (1 - beta) * variance + beta
-        assert_close(sd.add_noise(one, zero, level), mean, 1e-12)
-        assert_close(sd.add_noise(zero, one, level) ** 2, variance, 1e-12)
+        assert_close(sd.add_noise(one, zero, a_t), mean, 1e-12)
+        assert_close(sd.add_noise(zero, one, a_t) ** 2, variance, 1e-12)
 
 
 @pytest.mark.parametrize("t", [0, 1, 250, 500, 999])
-def test_forward_process_statistics(t):
-    """Mean and variance over a million samples, within five standard errors of the stated ones."""
-    number, clean, level = 10**6, 1.7, sd.noise_schedule(CONFIG)[t]
-    samples = sd.add_noise(
-        torch.full((number,), clean), normal(t, number, dtype=torch.float32), level
-    ).double()
-    mean, variance = level.sqrt() * clean, 1 - level
-    assert abs(samples.mean() - mean) < 5 * (variance / number).sqrt()
-    assert abs(samples.var() - variance) < 5 * variance * math.sqrt(2 / number)
+def test_add_noise_statistics(t):
+    """Mean and variance over a million samples, within five standard errors."""
+    n, x0, a_t = 10**6, 1.7, sd.noise_schedule(CONFIG)[t]
+    samples = sd.add_noise(torch.full((n,), x0), normal(t, n, dtype=torch.float32), a_t).double()
+    mean, variance = a_t.sqrt() * x0, 1 - a_t
+    assert abs(samples.mean() - mean) < 5 * (variance / n).sqrt()
+    assert abs(samples.var() - variance) < 5 * variance * math.sqrt(2 / n)
 
 
-def test_forward_process_is_diffusers():
-    """A level for each latent of a batch, and one for all."""
-    clean, noise, timesteps = normal(0, 3, 4, 5, 7), normal(1, 3, 4, 5, 7), torch.tensor([0, 421, 999])
-    levels = sd.noise_schedule(CONFIG)[timesteps]
-    expected = reference("ddpm", 1).add_noise(clean, noise, timesteps)
-    assert_close(sd.add_noise(clean, noise, levels.view(-1, 1, 1, 1)), expected, 1e-14)
-    for i, level in enumerate(levels):
-        assert_close(sd.add_noise(clean[i], noise[i], level), expected[i], 1e-14)
+def test_add_noise_matches_diffusers():
+    """With alphas_cumprod for each item of a batch, and as one number for all."""
+    x0, noise, timesteps = normal(0, 3, 4, 5, 7), normal(1, 3, 4, 5, 7), torch.tensor([0, 421, 999])
+    alphas_cumprod = sd.noise_schedule(CONFIG)[timesteps]
+    expected = reference("ddpm", 1).add_noise(x0, noise, timesteps)
+    assert_close(sd.add_noise(x0, noise, alphas_cumprod.view(-1, 1, 1, 1)), expected, 1e-14)
+    for i, a_t in enumerate(alphas_cumprod.tolist()):
+        assert_close(sd.add_noise(x0[i], noise[i], a_t), expected[i], 1e-14)
 
 
 # ------------------------------------------------------------------------------------------ against diffusers
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_sampler_is_diffusers(sampler, steps):
-    """Each step's result, in float64."""
-    theirs = reference(sampler, steps)
-    error = compare(sd.SAMPLERS[sampler](CONFIG, steps), theirs, theirs.timesteps.tolist(), torch.float64)
-    assert measured(f"sampler {sampler}, float64: relative error of a step", error) < EXACT[sampler]
+@several_steps
+@every_sampler
+def test_steps_match_diffusers_in_float64(name, steps):
+    """Also from an image: timesteps as StableDiffusionImg2ImgPipeline shortens them, but at least one."""
+    for strength in [0.01, 0.3, 0.58, 0.999, 1]:
+        theirs = reference(name, steps)
+        pipeline = SimpleNamespace(scheduler=theirs)
+        timesteps, _ = Img2ImgPipeline.get_timesteps(pipeline, steps, max(strength, 1 / steps), "cpu")
+        ours = sd.SAMPLERS[name](CONFIG, steps, strength)
+        error = largest_error(ours, theirs, timesteps.tolist(), torch.float64)
+        assert measured(f"sampler {name}, float64: relative error of a step", error) < EXACT[name]
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_sampler_is_diffusers_in_float32(sampler, steps):
-    """The same with diffusers' own schedule, untouched."""
-    theirs = reference(sampler, steps, exact=False)
-    error = compare(sd.SAMPLERS[sampler](CONFIG, steps), theirs, theirs.timesteps.tolist(), torch.float32)
-    assert measured(f"sampler {sampler}, float32: relative error of a step", error) < 5e-5
+@several_steps
+@every_sampler
+def test_steps_match_diffusers_in_float32(name, steps):
+    """With diffusers' own schedule."""
+    theirs = reference(name, steps, exact=False)
+    error = largest_error(sd.SAMPLERS[name](CONFIG, steps), theirs, theirs.timesteps.tolist(), torch.float32)
+    assert measured(f"sampler {name}, float32: relative error of a step", error) < 5e-5
 
 
-@pytest.mark.parametrize("steps", STEPS)
-@pytest.mark.parametrize("strength", STRENGTHS)
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_image_to_image_is_diffusers(sampler, strength, steps):
-    """Timesteps as StableDiffusionImg2ImgPipeline shortens them, but one is run where it would run none."""
-    theirs = reference(sampler, steps)
-    strength_there = max(strength, 1 / steps)
-    pipeline = SimpleNamespace(scheduler=theirs)
-    timesteps, _ = ImageToImagePipeline.get_timesteps(pipeline, steps, strength_there, "cpu")
-    error = compare(sd.SAMPLERS[sampler](CONFIG, steps, strength), theirs, timesteps.tolist(), torch.float64)
-    assert error < EXACT[sampler]
+@pytest.mark.parametrize("total", [1000, 100, 7, 1])
+@every_sampler
+def test_timesteps_of_any_number_of_steps(name, total):
+    """They fall within the schedule; they are diffusers' where those do; alphas_cumprod matches them."""
+    config = sd.Config(timesteps=total)
+    schedule, theirs = sd.noise_schedule(config), reference(name, 1, timesteps=total)
+    last = schedule[0].item() if name == "ddim" else 1
+    for steps in range(1, total + 1):
+        sampler = sd.SAMPLERS[name](config, steps)
+        timesteps = sampler.timesteps
+        assert 0 <= timesteps[-1] and timesteps[0] < total
+        assert all(t > t_prev for t, t_prev in pairwise(timesteps))
+        if steps < total:
+            theirs.set_timesteps(steps)
+            assert timesteps == theirs.timesteps.tolist()
+        assert sampler.alphas_cumprod == [*schedule[timesteps].tolist(), last]
 
 
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_timesteps(sampler):
-    """From 1 to 1000 steps: within the schedule, falling, diffusers' own where those are; levels to match."""
-    schedule, scheduler = sd.noise_schedule(CONFIG), reference(sampler, 1)
-    for steps in range(1, 1001):
-        process = sd.SAMPLERS[sampler](CONFIG, steps)
-        timesteps = process.timesteps
-        assert 0 <= timesteps[-1] and timesteps[0] <= 999
-        assert all(now > after for now, after in pairwise(timesteps))
-        scheduler.set_timesteps(steps)
-        if steps < 1000:
-            assert timesteps == scheduler.timesteps.tolist()
-        assert process.levels[:-1] == schedule[timesteps].tolist()
-        assert process.levels[-1] == (schedule[0] if sampler == "ddim" else 1)
+@pytest.mark.parametrize("name, steps, timesteps", [
+    ("ddpm", 50, list(range(981, 0, -20))),
+    ("ddim", 4, [751, 501, 251, 1]),
+    ("dpm++", 4, [999, 749, 500, 250]),
+    ("ddpm", 1, [1]),
+    ("dpm++", 1, [999]),
+    ("ddpm", 1000, list(range(999, -1, -1))),  # diffusers' start at 1000, outside the schedule
+    ("ddim", 1000, list(range(999, -1, -1))),
+    ("dpm++", 1000, list(range(999, 0, -1))),  # diffusers' have one twice, and end in NaN
+])  # fmt: skip
+def test_known_timesteps(name, steps, timesteps):
+    assert sd.SAMPLERS[name](CONFIG, steps).timesteps == timesteps
 
 
-@pytest.mark.parametrize(
-    "sampler, steps, timesteps",
-    [
-        ("ddpm", 50, list(range(981, 0, -20))),
-        ("ddim", 4, [751, 501, 251, 1]),
-        ("dpm++", 4, [999, 749, 500, 250]),
-        ("ddpm", 1, [1]),
-        ("dpm++", 1, [999]),
-        ("ddpm", 1000, list(range(999, -1, -1))),  # diffusers' start at 1000, outside the schedule
-        ("ddim", 1000, list(range(999, -1, -1))),
-        ("dpm++", 1000, list(range(999, 0, -1))),  # diffusers' have one twice, and end in NaN
-    ],
-)
-def test_known_timesteps(sampler, steps, timesteps):
-    assert sd.SAMPLERS[sampler](CONFIG, steps).timesteps == timesteps
+# ---------------------------------------------------------------------------------------------- known results
 
 
-# ------------------------------------------------------------------------------------------------- known ends
+def exact_noise(a_t: float, latents: Tensor, x0: Tensor) -> Tensor:
+    """The noise in the latents, for a known x0."""
+    return (latents - a_t**0.5 * x0) / (1 - a_t) ** 0.5
 
 
-def oracle(process: sd.Sampler, i: int, latent: Tensor, clean: Tensor) -> Tensor:
-    """What a denoiser predicts that knows the clean latent."""
-    level = process.levels[i]
-    return (latent - level**0.5 * clean) / (1 - level) ** 0.5
+@pytest.mark.parametrize("strength", [0.3, 1])
+@pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 501, 999, 1000])
+@every_sampler
+def test_exact_predictions_lead_to_x0(name, steps, strength):
+    """ddpm and dpm++ end at x0. ddim and dpm++ add no fresh noise, so that on the way the latents are x0 and
+    the noise of the start, mixed by alphas_cumprod; so they are at ddim's end."""
+    sampler = sd.SAMPLERS[name](CONFIG, steps, strength)
+    x0, latents = normal(0), normal(1)
+    noise = exact_noise(sampler.alphas_cumprod[0], latents, x0)
+    for i in range(len(sampler.timesteps)):
+        noise_pred = exact_noise(sampler.alphas_cumprod[i], latents, x0)
+        assert_close(sampler.predict_x0(i, latents, noise_pred), x0, 1e-9)
+        latents = sampler.step(i, latents, noise_pred, normal(2 + i))
+        if name != "ddpm":
+            assert_close(latents, sd.add_noise(x0, noise, sampler.alphas_cumprod[i + 1]), 1e-9)
+    a_0 = sd.noise_schedule(CONFIG)[0].item()
+    assert_close(latents, sd.add_noise(x0, noise, a_0) if name == "ddim" else x0, 1e-9)
 
 
-@pytest.mark.parametrize("strength", [0.02, 0.6, 1])
-@pytest.mark.parametrize("steps", [1, 2, 3, 7, 20, 50, 500, 501, 750, 999, 1000])
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_oracle_leads_to_the_clean_latent(sampler, steps, strength):
-    """ddpm and dpm++ return it. Without fresh noise, as in ddim and dpm++, each latent on the way is the
-    clean one and the noise at the start, mixed at that step's level; ddim ends so too, at the lowest."""
-    process = sd.SAMPLERS[sampler](CONFIG, steps, strength)
-    clean, latent = normal(0), normal(1)
-    noise = oracle(process, 0, latent, clean)
-    fresh_noise = map(normal, count(2))
-    for i in range(len(process.timesteps)):
-        latent = process.step(i, latent, oracle(process, i, latent, clean), lambda: next(fresh_noise))
-        if sampler != "ddpm":
-            assert_close(latent, sd.add_noise(clean, noise, process.levels[i + 1]), 1e-9)
-    lowest = sd.noise_schedule(CONFIG)[0]
-    expected = lowest.sqrt() * clean + (1 - lowest).sqrt() * noise if sampler == "ddim" else clean
-    assert_close(latent, expected, 1e-9)
-
-
-def test_ddpm_posterior():
+def test_ddpm_steps_are_the_posterior():
     """Mean and variance of q(x_t-1 | x_t, x_0), Ho et al. 2020, eq. 7, at every t."""
-    process = sd.SAMPLERS["ddpm"](CONFIG, 1000)
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    clean, latent, noise = normal(0), normal(1), normal(2)
-    for i, t in enumerate(process.timesteps):
-        level, after = (1 - betas[: t + 1]).prod(), (1 - betas[:t]).prod()
-        mean = (after.sqrt() * betas[t] * clean + (1 - betas[t]).sqrt() * (1 - after) * latent) / (1 - level)
-        variance = (1 - after) / (1 - level) * betas[t]
-        noise_pred = oracle(process, i, latent, clean)
-        without = process.step(i, latent, noise_pred, lambda: torch.zeros(SHAPE, dtype=torch.float64))
+    sampler, beta = sd.SAMPLERS["ddpm"](CONFIG, 1000), betas()
+    x0, latents, noise = normal(0), normal(1), normal(2)
+    for i, t in enumerate(sampler.timesteps):
+        a_t, a_prev = (1 - beta[: t + 1]).prod(), (1 - beta[:t]).prod()
+        mean = (a_prev.sqrt() * beta[t] * x0 + (1 - beta[t]).sqrt() * (1 - a_prev) * latents) / (1 - a_t)
+        variance = (1 - a_prev) / (1 - a_t) * beta[t]
+        noise_pred = exact_noise(a_t, latents, x0)
+        without = sampler.step(i, latents, noise_pred, torch.zeros_like(noise))
         assert_close(without, mean, 1e-9)
-        drawn = process.step(i, latent, noise_pred, lambda: noise) - without
-        assert_close(drawn, variance.sqrt() * noise, 1e-9)
+        assert_close(sampler.step(i, latents, noise_pred, noise) - without, variance.sqrt() * noise, 1e-9)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
-def test_no_fresh_noise(sampler):
-    def draw():
-        raise AssertionError("drew noise")
+@pytest.mark.parametrize("mean, deviation", [(0.0, 1.0), (-3.0, 0.5), (0.7, 3.0), (2.5, 1.6)])
+@every_sampler
+def test_marginals_of_normal_data(name, mean, deviation):
+    """For x0 from N(mean, deviation^2) the best prediction is known, and with it many steps lead to this
+    distribution. Every step is then linear: mean and deviation are read off where a step takes the mean, the
+    latents one deviation from it, and the mean with fresh noise of one."""
+    sampler = sd.SAMPLERS[name](CONFIG, 1000)
+    noise = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
 
-    process = sd.SAMPLERS[sampler](CONFIG, 10)
-    for i in range(10):
-        process.step(i, normal(0), normal(1), draw)
+    def marginal(a_t: float) -> tuple[float, float]:
+        return a_t**0.5 * mean, (a_t * deviation**2 + 1 - a_t) ** 0.5
 
-
-@settings(max_examples=10, deadline=None, derandomize=True)
-@given(mean=st.floats(-3, 3), deviation=st.floats(0.5, 3))
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_marginals(sampler, mean, deviation):
-    """Clean latents from N(mean, deviation^2) have a known best denoiser; with it many steps lead to these.
-
-    Every step is then linear, so that mean and deviation need no samples: they can be read off where a step
-    takes the mean, a latent one deviation from it, and the mean with fresh noise of one.
-    """
-    process = sd.SAMPLERS[sampler](CONFIG, 1000)
-    fresh_noise = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-
-    def marginal(level: float) -> tuple[float, float]:
-        return level**0.5 * mean, (level * deviation**2 + 1 - level) ** 0.5
-
-    now, spread = torch.tensor(marginal(process.levels[0]), dtype=torch.float64)
-    for i, level in enumerate(process.levels[:-1]):
-        latent = torch.stack([now, now + spread, now])
-        noise_pred = (1 - level) ** 0.5 * (latent - marginal(level)[0]) / marginal(level)[1] ** 2
-        latent = process.step(i, latent, noise_pred, lambda: fresh_noise)
-        now, spread = latent[0], (latent[1:] - latent[0]).square().sum().sqrt()
-    expected_mean, expected_spread = marginal(process.levels[-1])
-    assert now.item() == pytest.approx(expected_mean, abs=1e-9)
-    assert spread.item() == pytest.approx(expected_spread, rel=0.01)
+    center, spread = torch.tensor(marginal(sampler.alphas_cumprod[0]), dtype=torch.float64)
+    for i, a_t in enumerate(sampler.alphas_cumprod[:-1]):
+        latents = torch.stack([center, center + spread, center])
+        noise_pred = (1 - a_t) ** 0.5 * (latents - marginal(a_t)[0]) / marginal(a_t)[1] ** 2
+        latents = sampler.step(i, latents, noise_pred, noise)
+        center, spread = latents[0], (latents[1:] - latents[0]).square().sum().sqrt()
+    expected_mean, expected_deviation = marginal(sampler.alphas_cumprod[-1])
+    assert center.item() == pytest.approx(expected_mean, abs=1e-9)
+    assert spread.item() == pytest.approx(expected_deviation, rel=0.01)

@@ -1,4 +1,4 @@
-"""generate: the same pictures as diffusers' pipelines draw, and what each of its arguments does."""
+"""Section 8: images as diffusers' pipelines generate them, and each argument of generate and denoise."""
 
 import gc
 import math
@@ -20,19 +20,17 @@ from PIL import Image
 
 import sd
 
-BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-RELEASED = {
-    "steps_offset": 1,
-    "clip_sample": False,
-    "timestep_spacing": "leading",
-}  # in SD v1's scheduler config
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+RELEASED = {"clip_sample": False, "timestep_spacing": "leading"}  # in SD v1's scheduler_config.json
 SCHEDULERS = {
     "ddpm": lambda: DDPMScheduler(**BETAS, **RELEASED),
     "ddim": lambda: DDIMScheduler(**BETAS, **RELEASED, set_alpha_to_one=False),
-    "dpm++": lambda: DPMSolverMultistepScheduler(**BETAS, steps_offset=1),
+    "dpm++": lambda: DPMSolverMultistepScheduler(**BETAS),
 }
-PROMPT, NEGATIVE = "a red apple", "blue, ugly"
-QUICK = {"steps": 4, "width": 64, "height": 64, "seed": 5, "progress": False}
+PROMPT, OTHER_PROMPT, NEGATIVE = "a red apple", "a blue house", "blue, ugly"
+SIZE = {"width": 64, "height": 64}
+QUICK = {"steps": 4, "seed": 5, "progress": False, **SIZE}
+DENOISE = {"steps": 4, "seed": 5, **SIZE}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +39,7 @@ def reference(small, tmp_path_factory):
 
 
 def other_pipeline(kind, pipeline):
-    """Another of diffusers' pipelines, of the same models."""
+    """Another of diffusers' pipelines with the same models."""
     other = kind(**pipeline.components, requires_safety_checker=False)
     other.set_progress_bar_config(disable=True)
     return other
@@ -51,18 +49,25 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def photograph(width: int, height: int) -> Image.Image:
-    """Smooth colours, so that scaling and cropping show, and no two regions alike."""
-    colours = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colours).resize((width, height), Image.Resampling.BICUBIC)
+def photograph(width: int = 64, height: int = 64) -> Image.Image:
+    """An image with smooth colors, no two regions alike, so that wrong resizing and cropping show."""
+    colors = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture).astype(int)
+def mask_of(size: tuple[int, int], *box: int) -> Image.Image:
+    """A mask that is white in `box` (left, top, right, bottom), black without one."""
+    mask = Image.new("L", size, 0)
+    mask.paste(255, box or (0, 0, 0, 0))
+    return mask
+
+
+def pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image).astype(int)
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
-    """The largest between any two pixels that stand at the same place, out of 255."""
+    """The largest difference of a pixel, out of 255."""
     assert one.size == other.size and one.mode == other.mode == "RGB"
     return abs(pixels(one) - pixels(other)).max()
 
@@ -72,12 +77,10 @@ def mean_difference(one: Image.Image, other: Image.Image) -> float:
 
 
 def assert_same(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
-    """Every pixel within 1 of 255, of pictures that show something."""
+    """Every pixel is within 1 of 255, in images that are not uniform."""
     assert len(ours) == len(theirs)
-    assert (
-        measured("pictures, against diffusers': difference of 255", max(map(difference, ours, theirs))) <= 1
-    )
-    assert min(pixels(picture).std() for picture in ours) > 20
+    assert measured("images, against diffusers': difference of 255", max(map(difference, ours, theirs))) <= 1
+    assert min(pixels(image).std() for image in ours) > 20
 
 
 # -------------------------------------------------------------------------------------- parity with diffusers
@@ -86,66 +89,62 @@ def assert_same(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize(
     "width, height, steps, guidance",
-    [(128, 128, 20, 7.5), (136, 104, 7, 3.0), (64, 200, 2, 1.0), (72, 64, 1, 7.5)],
+    [(64, 64, 20, 7.5), (72, 56, 7, 3.0), (64, 136, 2, 1.0), (72, 64, 1, 7.5)],
 )
-def test_text_to_image(small_model, reference, sampler, width, height, steps, guidance):
+def test_text_to_image_matches_diffusers(small_model, reference, sampler, width, height, steps, guidance):
     reference.scheduler = SCHEDULERS[sampler]()
+    size = {"width": width, "height": height}
     theirs = reference(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=guidance,
-        width=width, height=height, generator=seeded(5),
+        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=guidance, generator=seeded(5),
+        **size,
     ).images  # fmt: skip
-    ours = small_model.generate(
-        PROMPT, NEGATIVE, steps=steps, guidance=guidance, sampler=sampler, seed=5, width=width, height=height
-    )
-    assert_same(ours, theirs)
+    settings = {"steps": steps, "guidance": guidance, "sampler": sampler, "seed": 5, **size}
+    assert_same(small_model.generate(PROMPT, NEGATIVE, **settings), theirs)
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize(
-    "size, strength", [((160, 128), 0.05), ((136, 104), 0.5), ((64, 64), 0.99), ((72, 128), 1.0)]
+    "size, strength", [((80, 64), 0.05), ((72, 56), 0.5), ((64, 64), 0.99), ((64, 72), 1.0)]
 )
-def test_image_to_image(small_model, reference, sampler, size, strength):
+def test_image_to_image_matches_diffusers(small_model, reference, sampler, size, strength):
     reference.scheduler = SCHEDULERS[sampler]()
-    pipeline, image = other_pipeline(StableDiffusionImg2ImgPipeline, reference), photograph(*size)
+    pipeline = other_pipeline(StableDiffusionImg2ImgPipeline, reference)
+    settings = {"image": photograph(*size), "strength": strength}
     theirs = pipeline(
-        PROMPT,
-        negative_prompt=NEGATIVE,
-        image=image,
-        strength=strength,
-        num_inference_steps=20,
-        generator=seeded(5),
+        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=20, generator=seeded(5), **settings
     ).images
-    ours = small_model.generate(
-        PROMPT, NEGATIVE, image=image, strength=strength, steps=20, sampler=sampler, seed=5
-    )
-    assert_same(ours, theirs)
+    assert_same(small_model.generate(PROMPT, NEGATIVE, steps=20, sampler=sampler, seed=5, **settings), theirs)
 
 
-# Not ddpm: diffusers' inpainting gives it other noise than ours, its own re-noising's.
+# Without ddpm, for which diffusers' inpainting draws its noise in another order.
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 @pytest.mark.parametrize("strength", [0.3, 0.8])
-def test_inpainting(small_model, reference, sampler, strength):
+def test_inpainting_matches_diffusers(small_model, reference, sampler, strength):
     reference.scheduler = SCHEDULERS[sampler]()
-    pipeline, image = other_pipeline(StableDiffusionInpaintPipeline, reference), photograph(160, 128)
-    mask = Image.new("L", image.size, 0)
-    mask.paste(255, (40, 32, 120, 96))  # whole latent pixels, as diffusers and we round others differently
+    pipeline, image = other_pipeline(StableDiffusionInpaintPipeline, reference), photograph(96, 80)
+    mask = mask_of(
+        image.size, 24, 16, 72, 56
+    )  # along latents, since diffusers rounds other edges differently
     [theirs] = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, image=image, mask_image=mask, strength=strength, width=160,
-        height=128,
+        PROMPT, negative_prompt=NEGATIVE, image=image, mask_image=mask, strength=strength, width=96, height=80,
         num_inference_steps=20, generator=seeded(5),
     ).images  # fmt: skip
-    theirs = Image.composite(theirs, image, mask)
-    ours = small_model.generate(
-        PROMPT, NEGATIVE, image=image, mask=mask, strength=strength, steps=20, sampler=sampler, seed=5
-    )
-    assert_same(ours, [theirs])
+    settings = {
+        "image": image,
+        "mask": mask,
+        "strength": strength,
+        "steps": 20,
+        "sampler": sampler,
+        "seed": 5,
+    }
+    assert_same(small_model.generate(PROMPT, NEGATIVE, **settings), [Image.composite(theirs, image, mask)])
 
 
 @pytest.mark.parametrize("image", [None, photograph(64, 72)], ids=["from noise", "from an image"])
-def test_prompts_times_n(small_model, reference, image):
-    """Two of each prompt, in the order of the prompts, each picture from its own seed."""
+def test_prompts_times_n_match_diffusers(small_model, reference, image):
+    """Two images of each prompt, in the order of the prompts, each from its own seed."""
     reference.scheduler = SCHEDULERS["ddpm"]()
-    prompts = [PROMPT, "a blue house"]
+    prompts = [PROMPT, OTHER_PROMPT]
     pipeline = reference if image is None else other_pipeline(StableDiffusionImg2ImgPipeline, reference)
     size = {"width": 64, "height": 72} if image is None else {"image": image}
     theirs = pipeline(
@@ -155,72 +154,134 @@ def test_prompts_times_n(small_model, reference, image):
     assert_same(small_model.generate(prompts, NEGATIVE, n=2, steps=5, seed=5, **size), theirs)
 
 
-def test_full_size(full, tmp_path):
-    image, sampler = photograph(192, 256), "dpm++"
+def test_full_size_matches_diffusers(full, tmp_path):
+    tasks = [
+        {"steps": 3, "width": 256, "height": 256},
+        {"steps": 4, "image": photograph(192, 256), "strength": 0.5},
+    ]
     pipeline = make_checkpoint.reference_pipeline(full, tmp_path)
-    pipeline.scheduler = SCHEDULERS[sampler]()
-    theirs = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=3, width=256, height=256, generator=seeded(5)
-    ).images
-    theirs += other_pipeline(StableDiffusionImg2ImgPipeline, pipeline)(
-        PROMPT,
-        negative_prompt=NEGATIVE,
-        image=image,
-        strength=0.5,
-        num_inference_steps=4,
-        generator=seeded(5),
-    ).images
+    pipeline.scheduler = SCHEDULERS["dpm++"]()
+    theirs = []
+    for kind, task in zip((type(pipeline), StableDiffusionImg2ImgPipeline), tasks):
+        steps, settings = task["steps"], {name: value for name, value in task.items() if name != "steps"}
+        settings |= {"negative_prompt": NEGATIVE, "num_inference_steps": steps, "generator": seeded(5)}
+        theirs += other_pipeline(kind, pipeline)(PROMPT, **settings).images
     del pipeline
     gc.collect()
-    model = sd.StableDiffusion.load(full)
-    ours = model.generate(PROMPT, NEGATIVE, steps=3, sampler=sampler, seed=5, width=256, height=256)
-    ours += model.generate(PROMPT, NEGATIVE, image=image, strength=0.5, steps=4, sampler=sampler, seed=5)
+    model = sd.load(full)
+    ours = [model.generate(PROMPT, NEGATIVE, sampler="dpm++", seed=5, **task)[0] for task in tasks]
     assert_same(ours, theirs)
 
 
-def test_encode_and_decode_are_scaled(small_model, reference):
-    """By the factor that brings latents to unit variance, as in diffusers' pipelines."""
+def test_encode_and_decode_match_diffusers(small_model, reference):
+    """Latents are scaled as in diffusers' pipelines."""
     image = torch.rand(2, 3, 40, 56, generator=seeded(0)) * 2 - 1
     noise = torch.randn(2, 4, 5, 7, generator=seeded(1))
     with torch.no_grad():
-        theirs, factor = reference.vae.encode(image).latent_dist, reference.vae.config.scaling_factor
-        assert relative_error(small_model.encode(image), theirs.mean * factor) < 1e-5
-        assert (
-            relative_error(small_model.encode(image, noise), (theirs.mean + theirs.std * noise) * factor)
-            < 1e-5
-        )
-        assert relative_error(small_model.decode(noise), reference.vae.decode(noise / factor).sample) < 1e-5
+        theirs, scale = reference.vae.encode(image).latent_dist, reference.vae.config.scaling_factor
+        sample = theirs.mean + theirs.std * noise
+        assert relative_error(small_model.encode(image), theirs.mean * scale) < 1e-5
+        assert relative_error(small_model.encode(image, noise), sample * scale) < 1e-5
+        assert relative_error(small_model.decode(noise), reference.vae.decode(noise / scale).sample) < 1e-5
 
 
-# ----------------------------------------------------------------------------------- seeds, batches, guidance
+# ---------------------------------------------------------------------------------------------------- denoise
+
+
+@pytest.mark.parametrize("guidance", [7.5, 1])
+@pytest.mark.parametrize("sampler", sd.SAMPLERS)
+def test_denoise_matches_the_formulas(small_model, sampler, guidance):
+    """Each step's number, timestep, latents and x0, from the models and the sampler alone."""
+    settings = DENOISE | {"sampler": sampler, "guidance": guidance}
+    steps = list(small_model.denoise(PROMPT, NEGATIVE, n=2, **settings))
+    process, generators = sd.SAMPLERS[sampler](small_model.config, 4), [seeded(5), seeded(6)]
+
+    def draw() -> torch.Tensor:
+        return torch.stack([torch.randn(4, 8, 8, generator=generator) for generator in generators])
+
+    def predict(text: str, latents: torch.Tensor, t: int) -> torch.Tensor:
+        context = small_model.text_encoder(torch.tensor([small_model.tokenizer(text)] * 2))
+        return small_model.unet(latents, torch.tensor([t, t]), context)
+
+    latents = draw()
+    with torch.no_grad():
+        for i, (t, step) in enumerate(zip(process.timesteps, steps, strict=True)):
+            cond, uncond = predict(PROMPT, latents, t), predict(NEGATIVE, latents, t)
+            noise_pred = uncond + guidance * (cond - uncond)
+            x0 = process.predict_x0(i, latents, noise_pred)
+            latents = process.step(i, latents, noise_pred, draw())
+            assert (step.number, step.timestep) == (i + 1, t)
+            assert relative_error(step.x0, x0) < 1e-4 and relative_error(step.latents, latents) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"image": photograph(), "strength": 0.5}, {"n": 2, "sampler": "ddim"}]
+)
+def test_last_latents_decode_to_the_image(small_model, settings):
+    *_, last = small_model.denoise(PROMPT, NEGATIVE, **DENOISE | settings)
+    assert last.number == (2 if "image" in settings else 4) and not last.latents.requires_grad
+    images = sd.to_images(small_model.decode(last.latents))
+    assert_same(images, small_model.generate(PROMPT, NEGATIVE, **QUICK | settings))
+
+
+def test_preview_and_cancel(small_model):
+    """A user's loop with gradients enabled; ddpm ends without noise, so that its last x0 is the image."""
+    [expected] = small_model.generate(PROMPT, **QUICK)
+    for last in (4, 2):
+        calls, previews = [], []
+        hook = small_model.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+        for step in small_model.denoise(PROMPT, **DENOISE):
+            previews += sd.to_images(small_model.decode(step.x0))
+            if step.number == last:
+                break
+        hook.remove()
+        assert calls == [False] * last and torch.is_grad_enabled()
+        assert (difference(previews[-1], expected) <= 1) == (last == 4)
+        assert min(map(mean_difference, previews[:-1], previews[1:])) > 1
+    assert difference(small_model.generate(PROMPT, **QUICK)[0], expected) == 0
+
+
+# -------------------------------------------------------------------------------- seeds, batches and guidance
 
 
 @pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_a_seed_is_a_picture_alone_and_in_a_batch(small_model, sampler):
-    arguments = QUICK | {"sampler": sampler}
-    batch = small_model.generate([PROMPT, "a blue house"], **arguments | {"n": 3, "seed": 7})
-    alone = [
-        small_model.generate(prompt, **arguments | {"seed": 7 + i})[0]
-        for i, prompt in enumerate([PROMPT] * 3 + ["a blue house"] * 3)
-    ]
+def test_seed_gives_the_same_image_alone_and_in_a_batch(small_model, sampler):
+    settings = QUICK | {"sampler": sampler}
+    batch = small_model.generate([PROMPT, OTHER_PROMPT], **settings | {"n": 2})
+    alone = []
+    for i, prompt in enumerate([PROMPT, PROMPT, OTHER_PROMPT, OTHER_PROMPT]):
+        alone += small_model.generate(prompt, **settings | {"seed": 5 + i})
     assert_same(batch, alone)
-    assert min(mean_difference(batch[0], picture) for picture in batch[1:]) > 10
+    assert min(mean_difference(batch[0], image) for image in batch[1:]) > 10
 
 
-def test_the_largest_seed(small_model):
-    assert_same(
-        small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 2, "n": 2})[1:],
-        small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 1}),
+def test_largest_seed(small_model):
+    last = small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 2, "n": 2})[1:]
+    assert_same(last, small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 1}))
+
+
+def test_random_seed(small_model):
+    """Without a seed each image is different; its info has the seed that makes it again."""
+    one, other = (small_model.generate(PROMPT, **QUICK | {"seed": None})[0] for _ in range(2))
+    assert mean_difference(one, other) > 10
+    assert difference(small_model.generate(PROMPT, **QUICK | {"seed": one.info["seed"]})[0], one) == 0
+
+
+def test_info(small_model):
+    """Each image has its own seed and prompt in its info, and the settings as AUTOMATIC1111's web UI has them."""
+    settings = QUICK | {"guidance": 3.25, "n": 2, "width": 72}
+    images = small_model.generate([PROMPT, OTHER_PROMPT], NEGATIVE, **settings)
+    assert [image.info["seed"] for image in images] == [5, 6, 7, 8]
+    assert [image.info["parameters"].split("\n")[0] for image in images] == [PROMPT] * 2 + [OTHER_PROMPT] * 2
+    assert images[3].info["parameters"] == (
+        f"{OTHER_PROMPT}\nNegative prompt: {NEGATIVE}\n"
+        "Steps: 4, Sampler: DDPM, CFG scale: 3.25, Seed: 8, Size: 72x64, Model: small"
     )
 
 
-def test_without_a_seed_every_picture_is_another(small_model):
-    one, other = (small_model.generate(PROMPT, **QUICK | {"seed": None})[0] for _ in range(2))
-    assert mean_difference(one, other) > 10
-
-
 @pytest.mark.parametrize("guidance, batch", [(7.5, 4), (1, 2), (1.0, 2)])
-def test_the_denoiser_runs_once_a_step_on_all_that_is_needed(small_model, guidance, batch):
+def test_unet_runs_once_per_step(small_model, guidance, batch):
+    """On both halves of the guidance at once, and without guidance on one."""
     seen = []
     hook = small_model.unet.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0])))
     small_model.generate(PROMPT, NEGATIVE, guidance=guidance, n=2, **QUICK)
@@ -228,274 +289,266 @@ def test_the_denoiser_runs_once_a_step_on_all_that_is_needed(small_model, guidan
     assert seen == [batch] * QUICK["steps"]
 
 
-def test_guidance_leads_from_the_negative_to_the_prompt(small_model):
-    """Its formula at 0 and 1, where it is known what it must give; for others diffusers shows it above."""
-    prompt_alone, negative_alone = (
-        small_model.generate(text, guidance=1, **QUICK)[0] for text in (PROMPT, NEGATIVE)
-    )
+def test_guidance_from_the_negative_prompt_to_the_prompt(small_model):
+    """At 0 and 1, where the formula gives one of the two; the tests against diffusers have other values."""
+    one, zero = (small_model.generate(text, guidance=1, **QUICK)[0] for text in (PROMPT, NEGATIVE))
     [at_0] = small_model.generate(PROMPT, NEGATIVE, guidance=0, **QUICK)
-    [near_1] = small_model.generate(
-        PROMPT, NEGATIVE, guidance=1 + 1e-9, **QUICK
-    )  # not equal to 1: both halves run
-    assert difference(at_0, negative_alone) <= 1 and difference(near_1, prompt_alone) <= 1
-    assert mean_difference(prompt_alone, negative_alone) > 1
+    [near_1] = small_model.generate(PROMPT, NEGATIVE, guidance=1 + 1e-9, **QUICK)  # both halves run
+    [at_1] = small_model.generate(PROMPT, NEGATIVE, guidance=1, **QUICK)
+    assert difference(at_0, zero) <= 1 and difference(near_1, one) <= 1 and difference(at_1, one) == 0
+    assert mean_difference(one, zero) > 1
+    with_negative, without = (small_model.generate(PROMPT, text, **QUICK)[0] for text in (NEGATIVE, ""))
+    assert mean_difference(with_negative, without) > 1
 
 
-def test_negative_prompt(small_model):
-    empty, negative = (small_model.generate(PROMPT, text, **QUICK)[0] for text in ("", NEGATIVE))
-    assert mean_difference(empty, negative) > 1
-    empty, negative = (small_model.generate(PROMPT, text, guidance=1, **QUICK)[0] for text in ("", NEGATIVE))
-    assert difference(empty, negative) == 0
-
-
-def test_a_long_prompt_warns_of_the_words_that_are_dropped(small_model):
+def test_long_prompt_warns_about_dropped_words(small_model):
+    settings = QUICK | {"steps": 1}
     with pytest.warns(UserWarning, match="75 tokens.*dropped: yak zebra$") as record:
-        [long] = small_model.generate("fig " * 75 + "yak Zebra", **QUICK)
-    assert len(record) == 1 and record[0].filename == __file__  # says it of the caller's line
+        [long] = small_model.generate("fig " * 75 + "yak Zebra", **settings)
+    assert len(record) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        [cut] = small_model.generate("fig " * 75, **QUICK)
+        [cut] = small_model.generate("fig " * 75, **settings)
     assert difference(long, cut) == 0
     with pytest.warns(UserWarning, match="dropped: zebra$"):
-        small_model.generate(PROMPT, "yak " * 75 + "zebra", **QUICK)
+        small_model.generate(PROMPT, "yak " * 75 + "zebra", **settings)
 
 
-@pytest.mark.parametrize("progress", [True, False])
-def test_no_progress_bar_without_a_terminal(small_model, capfd, progress):
-    small_model.generate(PROMPT, **QUICK | {"progress": progress})
+def test_progress_bar_shows_where_it_is_asked_for(small_model, capfd):
+    """Also without a terminal, as in a notebook."""
+    small_model.generate(PROMPT, **QUICK)
+    list(small_model.denoise(PROMPT, **DENOISE))
     assert capfd.readouterr() == ("", "")
-
-
-def test_the_smallest_picture(small_model):
-    assert small_model.generate(PROMPT, **QUICK | {"width": 8, "height": 16})[0].size == (8, 16)
+    for settings in ({"progress": True}, {"image": photograph(), "strength": 0.5}):
+        small_model.generate(PROMPT, **DENOISE | settings)
+        out, err = capfd.readouterr()
+        assert out == "" and "100%" in err and ("2/2" if "image" in settings else "4/4") in err
 
 
 # ------------------------------------------------------------------------------------------- images and masks
 
 
-def redraw(model, image, mask=None, **arguments) -> Image.Image:
-    [picture] = model.generate(PROMPT, image=image, mask=mask, **{"steps": 5, "seed": 5, **arguments})
-    return picture
+def redraw(model, image, mask=None, **settings) -> Image.Image:
+    [redrawn] = model.generate(PROMPT, image=image, mask=mask, **{"steps": 5, "seed": 5, **settings})
+    return redrawn
 
 
-def test_little_strength_keeps_the_image(small_model):
-    """As far as the autoencoder can keep it."""
-    image = photograph(64, 64)
+def test_low_strength_keeps_the_image(small_model):
+    """As far as the autoencoder can."""
+    image = photograph()
     noise = torch.randn(1, 4, 8, 8, generator=seeded(5))  # the first that generate draws, for the autoencoder
     with torch.no_grad():
-        latent = small_model.encode(sd.to_tensor(image), noise)
-        [kept] = sd.to_pictures(small_model.decode(latent))
+        [kept] = sd.to_images(small_model.decode(small_model.encode(sd.to_tensor(image), noise)))
     weak, strong = (
         mean_difference(redraw(small_model, image, steps=20, guidance=1, strength=strength), kept)
         for strength in (0.05, 1.0)
     )
-    assert weak < strong / 3  # not nearer, as what a random denoiser takes for noise is none
+    assert weak < strong / 3  # not closer, as a random UNet predicts no real noise
 
 
 @pytest.mark.parametrize("sampler", sd.SAMPLERS)
-def test_inpainting_changes_white_only(small_model, sampler):
-    image, mask = photograph(72, 64), Image.new("L", (72, 64), 0)
-    mask.paste(255, (13, 21, 50, 43))  # not whole latent pixels
+def test_inpainting_changes_only_where_the_mask_is_white(small_model, sampler):
+    image, mask = photograph(72, 64), mask_of((72, 64), 13, 21, 50, 43)  # not along latents
     white = np.asarray(mask) == 255
     changed = abs(pixels(redraw(small_model, image, mask, sampler=sampler)) - pixels(image)).max(axis=2)
     assert (changed[~white] == 0).all()
     assert (changed[white] > 0).mean() > 0.95 and changed[white].mean() > 30
 
 
-def test_masks_at_the_ends(small_model):
-    image = photograph(64, 64)
-    assert difference(redraw(small_model, image, Image.new("L", image.size, 0)), image) == 0
-    white = Image.new("L", image.size, 255)
+def test_black_and_white_masks(small_model):
+    image = photograph()
+    assert difference(redraw(small_model, image, mask_of(image.size)), image) == 0
+    white = mask_of(image.size, 0, 0, 64, 64)
     assert difference(redraw(small_model, image, white), redraw(small_model, image)) == 0
 
 
-def test_a_soft_mask_blends(small_model):
-    """In pixels, where it is bright enough for all latents to be redrawn."""
-    image = photograph(64, 64)
+def test_gray_mask_blends_pixels(small_model):
+    """Where it is bright enough for all latents to be redrawn."""
+    image = photograph()
     mask = Image.fromarray(np.tile(np.linspace(128, 255, 64).astype(np.uint8), (64, 1)))
     share = pixels(mask)[:, :, None] / 255
     expected = pixels(image) * (1 - share) + pixels(redraw(small_model, image)) * share
     assert abs(pixels(redraw(small_model, image, mask)) - expected).max() <= 1
 
 
-def test_a_mask_is_black_where_it_is_transparent(small_model, tmp_path):
-    """As paint programs save what was painted white on a layer of its own."""
-    image, mask = photograph(64, 64), Image.new("L", (64, 64), 0)
-    mask.paste(255, (8, 8, 40, 40))
+def test_images_and_masks_are_objects_or_files(small_model, tmp_path, monkeypatch):
+    """A mask is black where it is transparent: paint programs save what was painted white as a layer."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    image, mask = photograph(), mask_of((64, 64), 8, 8, 40, 40)
     layer = Image.new("RGBA", mask.size, (255, 255, 255, 0))
     layer.putalpha(mask)
-    layer.save(tmp_path / "layer.png")
+    for name, saved in (("image", image), ("mask", mask), ("layer", layer)):
+        saved.save(tmp_path / f"{name}.png")
     expected = redraw(small_model, image, mask)
-    for source in (layer, tmp_path / "layer.png"):
-        assert difference(redraw(small_model, image, source), expected) == 0
-
-
-def test_the_mask_must_fit_the_image(small_model):
-    with pytest.raises(ValueError, match="mask is .*64.*63.*image.*64.*64"):
-        redraw(small_model, photograph(64, 64), Image.new("L", (64, 63)))
+    for source, its_mask in [
+        (image, layer), (tmp_path / "image.png", tmp_path / "mask.png"),
+        (str(tmp_path / "image.png"), str(tmp_path / "layer.png")), ("~/image.png", "~/mask.png"),
+    ]:  # fmt: skip
+        assert difference(redraw(small_model, source, its_mask), expected) == 0
+    assert difference(image, photograph()) == 0  # the caller's object is not changed
 
 
 @pytest.mark.parametrize("size, fitted", [((131, 77), (128, 72)), ((64, 71), (64, 64)), ((9, 15), (8, 8))])
-def test_a_picture_is_of_its_image_size_down_to_a_multiple_of_8(small_model, size, fitted):
+def test_size_is_the_images_rounded_down_to_a_multiple_of_8(small_model, size, fitted):
     image = photograph(*size)
     assert redraw(small_model, image).size == fitted
     scale = max(new / old for new, old in zip(fitted, size))
     margins = [(old - new / scale) / 2 for new, old in zip(fitted, size)]
     box = (*margins, size[0] - margins[0], size[1] - margins[1])
-    kept = redraw(small_model, image, Image.new("L", size, 0))
+    kept = redraw(small_model, image, mask_of(size))
     assert difference(kept, image.resize(fitted, Image.Resampling.LANCZOS, box)) <= 1
 
 
-def test_an_image_of_other_proportions_is_cropped_alike_on_both_sides(small_model):
+def test_image_of_other_proportions_is_cropped_at_the_center(small_model):
     image = Image.new("RGB", (512, 128), "red")
     image.paste("lime", (192, 0, 320, 128))
-    size = {"width": 64, "height": 64}
-    kept = redraw(small_model, image, Image.new("L", image.size, 0), **size)
+    kept = redraw(small_model, image, mask_of(image.size), **SIZE)
     assert kept.size == (64, 64) and (pixels(kept)[:, 4:-4] == (0, 255, 0)).all()
-    mask = Image.new("L", image.size, 0)
-    mask.paste(255, (192, 0, 256, 128))  # the left half of what is left
-    changed = (pixels(redraw(small_model, image, mask, **size)) != pixels(kept)).any(axis=2)
+    mask = mask_of(image.size, 192, 0, 256, 128)  # the left half of the crop
+    changed = (pixels(redraw(small_model, image, mask, **SIZE)) != pixels(kept)).any(axis=2)
     assert changed[:, :28].mean() > 0.95 and not changed[:, 36:].any()
 
 
-def test_images_are_pictures_or_paths(small_model, tmp_path):
-    image, mask = photograph(64, 64), Image.new("L", (64, 64), 0)
-    mask.paste(255, (8, 8, 40, 40))
-    image.save(tmp_path / "image.png")
-    mask.save(tmp_path / "mask.png")
-    expected = redraw(small_model, image, mask)
-    assert difference(redraw(small_model, tmp_path / "image.png", tmp_path / "mask.png"), expected) == 0
-    assert (
-        difference(redraw(small_model, str(tmp_path / "image.png"), str(tmp_path / "mask.png")), expected)
-        == 0
-    )
-    assert difference(image, photograph(64, 64)) == 0  # the caller's own is left alone
-
-
 @pytest.mark.parametrize(
-    "arguments, message",
+    "settings, message",
     [
         ({"steps": 0}, "steps is 0"), ({"steps": 1001}, "steps is 1001"), ({"n": 0}, "n is 0"),
-        ({"n": -1}, "n is -1"),
-        ({"guidance": math.nan}, "guidance is nan"), ({"guidance": -math.inf}, "guidance is -inf"),
-        ({"sampler": "euler"}, "sampler is euler"), ({"seed": -1}, "seed is -1"),
-        ({"seed": 2**64}, "seed is"),
-        ({"seed": 2**64 - 1, "n": 2}, "seed is"), ({"width": 100}, "width is 100"),
-        ({"height": -8}, "height is -8"),
-        ({"width": 0}, "width is 0"), ({"mask": Image.new("L", (64, 64))}, "mask is given"),
-        ({"image": photograph(64, 64), "strength": 0}, "strength is 0"),
-        ({"image": photograph(64, 64), "strength": 1.01}, "strength is 1.01"),
-        ({"image": photograph(64, 64), "strength": math.nan}, "strength is nan"),
-        ({"image": photograph(7, 64), "width": None}, "width is 0"),
-        ({"image": "missing.png"}, "missing.png"),
+        ({"n": -1}, "n is -1"), ({"guidance": math.nan}, "guidance is nan"),
+        ({"guidance": -math.inf}, "guidance is -inf"), ({"sampler": "euler"}, "sampler is euler"),
+        ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is"), ({"seed": 2**64 - 1, "n": 2}, "seed is"),
+        ({"width": 100}, "width is 100"), ({"height": -8}, "height is -8"), ({"width": 0}, "width is 0"),
+        ({"height": 2**20}, "height is 1048576"), ({"mask": mask_of((64, 64))}, "mask is given"),
+        ({"image": photograph(), "mask": mask_of((64, 63))}, "mask is .*64.*63.*image.*64.*64"),
+        ({"image": photograph(), "strength": 0}, "strength is 0"),
+        ({"image": photograph(), "strength": 1.01}, "strength is 1.01"),
+        ({"image": photograph(), "strength": math.nan}, "strength is nan"),
+        ({"image": photograph(7, 64), "width": None}, "width is 0"), ({"image": "missing.png"}, "missing.png"),
     ],
 )  # fmt: skip
-def test_arguments_out_of_range(small_model, arguments, message):
+def test_arguments_out_of_range(small_model, settings, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        small_model.generate(PROMPT, **QUICK | arguments)
+        small_model.generate(PROMPT, **QUICK | settings)
     assert "\n" not in str(caught.value)
+    with pytest.raises((ValueError, OSError), match=message):
+        next(small_model.denoise(PROMPT, **DENOISE | settings))
 
 
-# ---------------------------------------------------------------------------------------- numbers and devices
+# ---------------------------------------------------------------------------------------- dtypes and devices
 
 
-def test_pytorchs_defaults_change_nothing(small_model):
-    [expected] = small_model.generate(PROMPT, **QUICK)
+def vae_dtypes(model: sd.StableDiffusion) -> list[torch.dtype]:
+    """A list that gets the dtype of the weights whenever the encoder or the decoder runs, copies included."""
+    dtypes: list[torch.dtype] = []
+    for half in (model.vae.encoder, model.vae.decoder):
+        half.register_forward_hook(lambda module, *_: dtypes.append(next(module.parameters()).dtype))
+    return dtypes
+
+
+def test_default_dtype_changes_nothing(small_model):
+    settings = QUICK | {"image": photograph(), "mask": mask_of((64, 64), 8, 8, 56, 56)}
+    [expected] = small_model.generate(PROMPT, **settings)
     torch.set_default_dtype(torch.float64)
     try:
-        [picture] = small_model.generate(PROMPT, **QUICK | {"seed": np.int64(5)})
+        [image] = small_model.generate(PROMPT, **settings | {"seed": np.int64(5)})
     finally:
         torch.set_default_dtype(torch.float32)
-    assert difference(picture, expected) <= 1
+    assert difference(image, expected) <= 1
 
 
 @pytest.mark.parametrize("dtype, allowed", [(torch.float16, 1), (torch.bfloat16, 5)])
 def test_half_precision(small, small_model, dtype, allowed):
-    model = sd.StableDiffusion.load(small, dtype=dtype)
+    model = sd.load(small, dtype=dtype)
+    dtypes = vae_dtypes(model)
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
-    image = photograph(64, 64)
-    for arguments in ({"width": 32, "height": 32, "steps": 2}, {"image": image, "strength": 0.5}):
-        [half], [single] = (each.generate(PROMPT, **QUICK | arguments) for each in (model, small_model))
+    for settings in ({"width": 32, "height": 32, "steps": 2}, {"image": photograph(), "strength": 0.5}):
+        [half], [single] = (each.generate(PROMPT, **QUICK | settings) for each in (model, small_model))
         assert 0 < mean_difference(half, single) < allowed
-    assert model.vae.decoder.conv_in.weight.dtype == dtype  # nothing overflowed: float32 was not needed
+    assert dtypes == [dtype] * 3  # nothing overflowed, and nothing ran in float32
 
 
-def overflowing(model: sd.StableDiffusion) -> sd.StableDiffusion:
-    """Signals in the autoencoder pass fp16's 65504 on the way; the norm behind brings them back."""
-    with torch.no_grad():
-        for half in (model.vae.encoder, model.vae.decoder):
-            half.middle[0].conv2.weight *= 1e5
-    return model
-
-
-@pytest.mark.parametrize("image", [None, photograph(64, 64)], ids=["decoder", "encoder"])
+@pytest.mark.parametrize("image", [None, photograph()], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("offload", [False, True])
-def test_the_autoencoder_falls_back_to_float32(small, image, offload):
-    expected = overflowing(sd.StableDiffusion.load(small, dtype=torch.float16))
+def test_vae_falls_back_to_float32(small, image, offload):
+    """For the one call that overflows, its weights stay in float16."""
+
+    def overflowing(offload: bool = False) -> sd.StableDiffusion:
+        """Its VAE exceeds fp16's 65504 in between; the norm that follows scales it back."""
+        model = sd.load(small, dtype=torch.float16, offload=offload)
+        with torch.no_grad():
+            for half in (model.vae.encoder, model.vae.decoder):
+                half.middle[0].conv2.weight *= 1e5
+        return model
+
+    expected, model = overflowing(), overflowing(offload)
     expected.vae.float()
-    model = overflowing(sd.StableDiffusion.load(small, dtype=torch.float16, offload=offload))
-    with torch.no_grad():
-        assert not model.vae.decode(torch.randn(1, 4, 8, 8, generator=seeded(0)).half()).isfinite().all()
-    arguments = QUICK | {"image": image, "steps": 1, "width": 32, "height": 32}
-    ours, theirs = (each.generate(PROMPT, **arguments) for each in (model, expected))
-    assert_same(ours, theirs)
-    assert model.unet.conv_in.weight.dtype == torch.float16
+    weights = {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
+    dtypes, settings = vae_dtypes(model), QUICK | {"image": image, "steps": 1, "width": 32, "height": 32}
+    assert_same(*(each.generate(PROMPT, **settings) for each in (model, expected)))
+    assert dtypes == [torch.float16, torch.float32] * (1 if image is None else 2)
+    assert weights == {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
+    assert {weight.dtype for weight in model.parameters()} == {torch.float16}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("image", [None, photograph(64, 64)])
-def test_what_is_not_finite_is_never_a_picture(small, dtype, image):
-    model = sd.StableDiffusion.load(small, dtype=dtype)
-    with torch.no_grad():
+@pytest.mark.parametrize("image", [None, photograph()])
+def test_images_that_are_not_finite_are_refused(small, dtype, image):
+    model = sd.load(small, dtype=dtype)
+    with torch.no_grad():  # finite weights, infinite results
         model.unet.conv_out.weight *= torch.finfo(dtype).max / 2
-        model.unet.conv_out.bias.fill_(torch.finfo(dtype).max)  # finite weights, but what they make is not
-    with pytest.raises(ValueError, match="not finite"):
+        model.unet.conv_out.bias.fill_(torch.finfo(dtype).max)
+    with pytest.raises(ValueError, match="not finite.* small"):
         model.generate(PROMPT, **QUICK | {"image": image, "steps": 2, "width": 32, "height": 32})
 
 
-def test_offload_draws_the_same_and_keeps_the_weights(small, small_model):
-    model = sd.StableDiffusion.load(small, offload=True)
-    before = {name: (parameter.data_ptr(), parameter.sum()) for name, parameter in model.named_parameters()}
-    arguments = {"image": photograph(64, 64), **QUICK}
-    assert difference(*(each.generate(PROMPT, **arguments)[0] for each in (model, small_model))) == 0
-    assert before == {
-        name: (parameter.data_ptr(), parameter.sum()) for name, parameter in model.named_parameters()
-    }
+def test_offload_gives_the_same_image(small, small_model):
+    model = sd.load(small, offload=True)
+    weights = {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
+    settings = QUICK | {"image": photograph()}
+    assert difference(*(each.generate(PROMPT, **settings)[0] for each in (model, small_model))) == 0
+    assert weights == {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
 
 
-def test_each_model_is_on_the_device_only_while_it_works(small):
-    """The device is stood in for by a dtype, which weights can be sent to as well."""
-    model = sd.StableDiffusion.load(small, offload=True)
+def test_offload_has_one_part_on_the_device_at_a_time(small):
+    """A dtype stands in for the device, as weights can be moved to either. A preview needs the VAE, too."""
+    model, seen = sd.load(small, offload=True), {}
     assert model.offload_device == model.device == torch.device("cpu")
     model.offload_device = torch.float64
-    away = lambda: {name for name, weight in model.named_parameters() if weight.dtype == torch.float64}
-    for name in ("text_encoder", "vae", "unet"):
-        part = getattr(model, name)
-        with model.working(part):
-            assert away() == {f"{name}.{inner}" for inner, _ in part.named_parameters()}
-        assert away() == set()
+
+    def on_device() -> set[str]:
+        names = (name for name, weight in model.named_parameters() if weight.dtype == torch.float64)
+        return {name.split(".")[0] for name in names}
+
+    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae.post_quant}
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_, name=name: seen.update({name: on_device()}))
+    for _ in model.denoise(PROMPT, **DENOISE):
+        break
+    assert seen == {"text_encoder": {"text_encoder"}, "unet": {"unet"}} and on_device() == set()
+    with pytest.raises(RuntimeError, match="type"):  # of the latents, which are not in float64
+        model.decode(torch.zeros(1, 4, 8, 8))
+    assert seen["vae"] == {"vae"} and on_device() == set()
 
 
-def test_a_model_of_another_size(tmp_path):
-    """Built from a Config, saved, loaded and drawn with: every size another than Stable Diffusion v1's."""
+def test_model_of_another_size(tmp_path):
+    """Built from a Config in which everything differs from Stable Diffusion v1, saved, loaded and run."""
     config = sd.Config(
-        image_size=64, vocab_size=1000, text_length=20, text_width=32, text_layers=2, text_heads=4,
-        latent_channels=3,
-        latent_scale=0.5, vae_widths=(16, 32, 32), vae_blocks=1, unet_widths=(16, 32), unet_attends=(False,
-        True),
-        unet_blocks=1, unet_heads=4, norm_groups=8, timesteps=100, beta_start=0.001, beta_end=0.1,
+        image_size=64, vocab_size=1000, text_length=20, text_dim=32, text_layers=2, text_heads=4,
+        latent_channels=3, latent_scale=0.5, vae_channels=(16, 32, 32), vae_blocks=1, unet_channels=(16, 32),
+        unet_attention=(False, True), unet_blocks=1, unet_heads=4, norm_groups=8, timesteps=100,
+        beta_start=0.001, beta_end=0.1,
     )  # fmt: skip
     torch.manual_seed(0)
     model = sd.StableDiffusion(config)
-    model.save(tmp_path / "own.safetensors")
-    loaded = sd.StableDiffusion.load(tmp_path / "own.safetensors")
+    sd.save(model, tmp_path / "own.safetensors")
+    loaded = sd.load(tmp_path / "own.safetensors")
     assert loaded.config == config and config.downscale == 4
     [ours], [theirs] = (each.generate(PROMPT, steps=5, seed=5) for each in (model, loaded))
     assert ours.size == (64, 64) and difference(ours, theirs) == 0
     assert loaded.generate(PROMPT, steps=100, width=68, height=44)[0].size == (68, 44)
+    assert loaded.generate(PROMPT, steps=5, width=4, height=8)[0].size == (4, 8)
     assert loaded.generate(PROMPT, steps=5, image=photograph(67, 44))[0].size == (64, 44)
-    for arguments, message in (({"width": 66}, "multiple of 4"), ({"steps": 101}, "from 1 to 100")):
+    for settings, message in (({"width": 66}, "multiple of 4"), ({"steps": 101}, "from 1 to 100")):
         with pytest.raises(ValueError, match=message):
-            loaded.generate(PROMPT, **arguments)
+            loaded.generate(PROMPT, **settings)
     with pytest.warns(UserWarning, match="18 tokens"):
         loaded.generate("yak " * 18 + "zebra", steps=1)
