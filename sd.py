@@ -52,7 +52,7 @@ DEFAULT_WEIGHTS = HERE / "weights" / "emoji.safetensors"
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes of a model, by default Stable Diffusion v1's (CompVis, v1-inference.yaml), or a ValueError."""
+    """The sizes of a model; by default those of Stable Diffusion v1 (CompVis, v1-inference.yaml)."""
 
     image_size: int = 512  # default height and width of an image, in pixels
     vocab_size: int = 49408
@@ -78,7 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = type(field.default)(getattr(self, field.name))  # JSON has lists where this has tuples
+            default, value = getattr(Config, field.name), getattr(self, field.name)
+            value = type(default)(value)  # JSON has lists where this has tuples
             object.__setattr__(self, field.name, value)
             if field.name != "vocabulary":
                 numbers = value if isinstance(value, tuple) else (value,)
@@ -456,7 +457,7 @@ class UNet(nn.Module):
         x = self.conv_in(latents)
         skips = [x]
         for i, blocks in enumerate(self.down):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(x, time, context)
                 skips.append(x)
             if i < len(self.downsample):
@@ -465,7 +466,7 @@ class UNet(nn.Module):
         for block in self.middle:
             x = block(x, time, context)
         for i, blocks in enumerate(self.up):
-            for block in blocks:
+            for block in blocks:  # type: ignore[attr-defined]
                 x = block(torch.cat([x, skips.pop()], dim=1), time, context)
             if i < len(self.upsample):
                 x = self.upsample[i](x, skips[-1].shape[-2:])  # the skip's size, also where that is odd
@@ -532,6 +533,7 @@ class DPMPlusPlus(DDIM):
     """DPM-Solver++(2M) (Lu et al. 2022, alg. 2, arXiv:2211.01095); its first and last steps are DDIM's."""
 
     ends_without_noise = True
+    last_x0: Tensor
 
     def spacing(self, steps: int, timesteps: int) -> list[int]:
         """Evenly spaced from the last timestep: 999, 949, ..., 50 for 20 steps of 1000"""
@@ -650,7 +652,7 @@ class Settings:
 
 
 # What `denoise` yields: a step's number and timestep, and (B, C, h, w) each, the latents after it and its x0.
-Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])
+Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])  # noqa: UP014
 
 
 class StableDiffusion(nn.Module):
@@ -716,7 +718,7 @@ class StableDiffusion(nn.Module):
         return torch.cat(images)
 
     def predict_noise(self, latents: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598): latents (B, C, h, w), contexts
+        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598): (B, C, h, w) and contexts
         (B, T, text_dim) -> (B, C, h, w)"""
         timesteps = torch.full((len(latents),), t, device=latents.device)
         latents = latents.to(cond.dtype)
@@ -749,28 +751,28 @@ class StableDiffusion(nn.Module):
         if s.mask:
             white = torch.from_numpy(np.array(s.mask))[None] >= 128  # (1, H, W)
             redrawn = F.max_pool2d(white.float(), unit).bool().to(self.device)  # (1, h, w)
+            known = [*sampler.alphas_cumprod[1:-1], 1.0]  # the rest of the image ends without noise
         with self.on_device(self.unet):
             for i, t in enumerate(sampler.timesteps):
                 noise_pred = self.predict_noise(latents, t, cond, uncond, s.guidance)
                 x0 = sampler.predict_x0(i, latents, noise_pred)
                 latents = sampler.step(i, latents, noise_pred, draw())
                 if s.mask:
-                    a_prev = 1.0 if t == sampler.timesteps[-1] else sampler.alphas_cumprod[i + 1]
-                    latents = torch.where(redrawn, latents, add_noise(original, noise, a_prev))
+                    latents = torch.where(redrawn, latents, add_noise(original, noise, known[i]))
                 yield Step(i + 1, t, latents, x0)
 
     @torch.no_grad()
     def generate(
         self, prompt: str | list[str], negative: str = "", *, progress: bool = True, **settings: Any
     ) -> list[Image.Image]:
-        """Generates images; Settings has the other arguments. The noise of image i depends on `seed + i` only.
+        """Generates images; Settings has the other arguments. Image i depends on its seed, `seed + i`.
         Its `info` has its "seed" and, as "parameters", all settings. Raises ValueError."""
         s = Settings(prompt, negative, **settings)
         s.resolve(self.config)
         total = len(SAMPLERS[s.sampler](self.config, s.steps, s.strength).timesteps)
         for step in tqdm(self.denoise(**vars(s)), total=total, disable=not progress):
-            pass
-        decoded = self.decode(step.latents)  # (B, 3, H, W)
+            latents = step.latents
+        decoded = self.decode(latents)  # (B, 3, H, W)
         check("the image", f"not finite with {self.name}", decoded.isfinite().all(), "made in bf16 or fp32")
         images = to_images(decoded)
         if s.mask:
@@ -854,7 +856,7 @@ def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[st
 
 def names_in(dialect: int, model: StableDiffusion) -> dict[str, str]:
     """Our name of each tensor of the model -> its name in a dialect"""
-    names = {}
+    names: dict[str, str] = {}
     words = NAMES | getattr(model.text_encoder, "NAMES", {})  # BERT has its own
     for part, levels in level_names(model.config).items():
         renamed = rename(model.get_submodule(part).state_dict(), words[part] | levels, dialect)
@@ -969,11 +971,12 @@ DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_di
     },
     "vae": {
         "block_out_channels": "vae_channels", "layers_per_block": "vae_blocks", "scaling_factor": "latent_scale",
-        "latent_channels": "latent_channels", "norm_num_groups": "norm_groups",
+        "norm_num_groups": "norm_groups", "latent_channels": "latent_channels",
     },
     "unet": {
-        "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks", "cross_attention_dim": "text_dim",
-        "attention_head_dim": "unet_heads", "norm_num_groups": "norm_groups", "down_block_types": "unet_attention",
+        "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks",
+        "attention_head_dim": "unet_heads", "norm_num_groups": "norm_groups",
+        "cross_attention_dim": "text_dim", "down_block_types": "unet_attention",
     },
     "scheduler": {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"},
 }  # fmt: skip
@@ -1036,8 +1039,11 @@ def load(
         reason = re.split(r"\. | Check ", one_line(error).rpartition("WeightsUnpickler error: ")[2])[0]
         advice = "use a whole Stable Diffusion v1 checkpoint, or download it again"
         raise ValueError(f"{path}: {reason}; {advice}") from error
-    with torch.device("meta"):
-        model = StableDiffusion(config)
+    try:
+        with torch.device("meta"):
+            model = StableDiffusion(config)
+    except ImportError as error:
+        raise ValueError(f"{path}: it has BERT in CLIP's place; put weights/bert.py beside sd.py") from error
     target, home = model.state_dict(), torch.device("cpu" if offload else device)
     state, wrong = {}, []
     for name, theirs in names_in(DIFFUSERS if path.is_dir() else COMPVIS, model).items():
@@ -1069,8 +1075,7 @@ def first_few(items: list[str]) -> str:
 
 
 def save(model: StableDiffusion, path: str | Path) -> None:
-    """Writes a model as one .safetensors file in CompVis's layout, with its Config in the metadata, atomically;
-    raises OSError."""
+    """Writes a .safetensors in CompVis's layout with the Config as metadata, atomically; raises OSError."""
     position_ids = PREFIXES["text_encoder"].split()[COMPVIS] + "embeddings.position_ids"
     tensors = {position_ids: torch.arange(model.config.text_length)[None]}
     for name, theirs in names_in(COMPVIS, model).items():
@@ -1094,7 +1099,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     with atomic_write(Path(path).expanduser()) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
-            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 # -------------------------------------------------------------------------------------------- 10 command line

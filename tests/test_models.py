@@ -23,7 +23,7 @@ FOUR_LEVELS = sd.Config(
 )  # fmt: skip
 TWO_LEVELS = sd.Config(
     vocab_size=600, text_length=20, text_dim=48, text_layers=3, text_heads=4, latent_channels=3,
-    vae_channels=(16, 32, 48), vae_blocks=1, unet_channels=(32, 64), unet_attention=(False, True),
+    vae_channels=(16, 32, 48), vae_blocks=1, unet_channels=(40, 64), unet_attention=(False, True),
     unet_blocks=3, unet_heads=2, norm_groups=8,
 )  # fmt: skip
 ONE_LEVEL = sd.Config(
@@ -115,17 +115,12 @@ def test_shapes_of_models(config, batch, size, tokens):
 
 def test_default_config_has_as_many_parameters_as_stable_diffusion_v1():
     layout = json.loads((make_checkpoint.HERE / "sd15_keys.json").read_text())
-    prefixes = {
-        "text_encoder": "cond_stage_model.",
-        "vae": "first_stage_model.",
-        "unet": "model.diffusion_model.",
-    }
+    parts = ("cond_stage_model.", "first_stage_model.", "model.diffusion_model.")
+    shapes = [shape for name, (shape, _) in layout.items() if name.startswith(parts)]
     with torch.device("meta"):
         model = sd.StableDiffusion(sd.Config())
-    for part, prefix in prefixes.items():
-        shapes = [shape for name, (shape, _) in layout.items() if name.startswith(prefix)]
-        expected = sum(math.prod(shape) for shape in shapes if shape != [1, 77])  # position_ids are constant
-        assert sum(parameter.numel() for parameter in getattr(model, part).parameters()) == expected
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert number == sum(math.prod(shape) for shape in shapes) - 77  # position_ids are no parameters
     assert not list(model.buffers())
 
 
@@ -147,7 +142,7 @@ def explicit_attention(attention: sd.Attention, x: Tensor, context: Tensor, mask
     return attention.out(output)
 
 
-@pytest.mark.parametrize("mask", [None, "causal", "per item"])
+@pytest.mark.parametrize("mask", ["none", "causal", "per item"])
 @pytest.mark.parametrize("context_dim", [None, 10])
 @pytest.mark.parametrize("bias", [False, True])
 @torch.no_grad()
@@ -155,11 +150,9 @@ def test_attention_matches_its_formula(context_dim, bias, mask):
     attention = randomize(sd.Attention(24, 3, context_dim, bias)).double()
     x = torch.randn(2, 5, 24, dtype=torch.float64)
     context = torch.randn(2, 7, context_dim, dtype=torch.float64) if context_dim else None
-    tokens = 7 if context_dim else 5
-    if mask == "causal":
-        mask = torch.ones(5, tokens, dtype=torch.bool).tril()
-    elif mask == "per item":
-        mask = torch.arange(tokens) < torch.tensor([3, 4]).view(2, 1, 1, 1)
+    causal = torch.ones(5, 7 if context_dim else 5, dtype=torch.bool).tril()
+    per_item = torch.stack([causal[3], causal[2]])[:, None, None]
+    mask = {"none": None, "causal": causal, "per item": per_item}[mask]
     expected = explicit_attention(attention, x, x if context is None else context, mask)
     assert relative_error(attention(x, context, mask), expected) < 1e-13
 
@@ -184,9 +177,8 @@ def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys):
         return [y.detach().double() for y in (output, *gradients)]
 
     exact, fused = results(pytorchs, torch.float64), results(pytorchs, torch.bfloat16)
-    errors = [relative_error(*pair) for pair in zip(results(attention, torch.bfloat16), exact)]
-    allowed = [factor * relative_error(*pair) for factor, *pair in zip((2, 4, 4), fused, exact)]
-    assert all(error < limit for error, limit in zip(errors, allowed)), (errors, allowed)
+    for our, their, expected in zip(results(attention, torch.bfloat16), fused, exact, strict=True):
+        assert (our - expected).norm() < 2 * (their - expected).norm()
 
 
 @torch.no_grad()
@@ -352,7 +344,7 @@ def full_pair(full, dtype, tmp_path_factory):
     cannot hold both models."""
     torch.manual_seed(0)
     pipeline = make_checkpoint.reference_pipeline(full, tmp_path_factory.mktemp("full_pair"), dtype=dtype)
-    inputs = {task: random_inputs(task, sd.Config(), 3, (9, 13), 77, dtype) for task in TASKS}
+    inputs = {task: random_inputs(task, sd.Config(), 2, (5, 7), 77, dtype) for task in TASKS}
     outputs = {task: theirs(pipeline, task, *inputs[task]) for task in TASKS}
     del pipeline
     gc.collect()

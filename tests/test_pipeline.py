@@ -4,18 +4,12 @@ import gc
 import math
 import warnings
 
+import diffusers
 import make_checkpoint
 import numpy as np
 import pytest
 import torch
 from conftest import measured, relative_error
-from diffusers import (
-    DDIMScheduler,
-    DDPMScheduler,
-    DPMSolverMultistepScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
-)
 from PIL import Image
 
 import sd
@@ -23,26 +17,20 @@ import sd
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 RELEASED = {"clip_sample": False, "timestep_spacing": "leading"}  # in SD v1's scheduler_config.json
 SCHEDULERS = {
-    "ddpm": lambda: DDPMScheduler(**BETAS, **RELEASED),
-    "ddim": lambda: DDIMScheduler(**BETAS, **RELEASED, set_alpha_to_one=False),
-    "dpm++": lambda: DPMSolverMultistepScheduler(**BETAS),
+    "ddpm": lambda: diffusers.DDPMScheduler(**BETAS, **RELEASED),
+    "ddim": lambda: diffusers.DDIMScheduler(**BETAS, **RELEASED, set_alpha_to_one=False),
+    "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS),
 }
+ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "n": "num_images_per_prompt"}
 PROMPT, OTHER_PROMPT, NEGATIVE = "a red apple", "a blue house", "blue, ugly"
 SIZE = {"width": 64, "height": 64}
-QUICK = {"steps": 4, "seed": 5, "progress": False, **SIZE}
 DENOISE = {"steps": 4, "seed": 5, **SIZE}
+QUICK = {"progress": False, **DENOISE}
 
 
 @pytest.fixture(scope="module")
 def reference(small, tmp_path_factory):
     return make_checkpoint.reference_pipeline(small, tmp_path_factory.mktemp("configs"), small=True)
-
-
-def other_pipeline(kind, pipeline):
-    """Another of diffusers' pipelines with the same models."""
-    other = kind(**pipeline.components, requires_safety_checker=False)
-    other.set_progress_bar_config(disable=True)
-    return other
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -86,91 +74,67 @@ def assert_same(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
 # -------------------------------------------------------------------------------------- parity with diffusers
 
 
-@pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize(
-    "width, height, steps, guidance",
-    [(64, 64, 20, 7.5), (72, 56, 7, 3.0), (64, 136, 2, 1.0), (72, 64, 1, 7.5)],
-)
-def test_text_to_image_matches_diffusers(small_model, reference, sampler, width, height, steps, guidance):
-    reference.scheduler = SCHEDULERS[sampler]()
-    size = {"width": width, "height": height}
-    theirs = reference(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=steps, guidance_scale=guidance, generator=seeded(5),
-        **size,
-    ).images  # fmt: skip
-    settings = {"steps": steps, "guidance": guidance, "sampler": sampler, "seed": 5, **size}
-    assert_same(small_model.generate(PROMPT, NEGATIVE, **settings), theirs)
+def diffusers_images(pipeline, sampler, prompts=(PROMPT,), mask=None, **settings) -> list[Image.Image]:
+    """What diffusers generates from seed 5 with the models of `pipeline` and the settings of our generate."""
+    kind = diffusers.StableDiffusionImg2ImgPipeline if "image" in settings else type(pipeline)
+    if mask is not None:
+        kind, settings["mask_image"] = diffusers.StableDiffusionInpaintPipeline, mask
+        settings["width"], settings["height"] = mask.size
+    pipeline = kind(**pipeline.components, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = SCHEDULERS[sampler]()
+    if "image" not in settings:
+        settings.pop("strength", None)
+    generators = [seeded(5 + i) for i in range(len(prompts) * settings.get("n", 1))]
+    settings = {ARGUMENTS.get(name, name): value for name, value in settings.items()}
+    negative = [NEGATIVE] * len(prompts)
+    return pipeline(list(prompts), negative_prompt=negative, generator=generators, **settings).images
 
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
-@pytest.mark.parametrize(
-    "size, strength", [((80, 64), 0.05), ((72, 56), 0.5), ((64, 64), 0.99), ((64, 72), 1.0)]
-)
-def test_image_to_image_matches_diffusers(small_model, reference, sampler, size, strength):
-    reference.scheduler = SCHEDULERS[sampler]()
-    pipeline = other_pipeline(StableDiffusionImg2ImgPipeline, reference)
-    settings = {"image": photograph(*size), "strength": strength}
-    theirs = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, num_inference_steps=20, generator=seeded(5), **settings
-    ).images
-    assert_same(small_model.generate(PROMPT, NEGATIVE, steps=20, sampler=sampler, seed=5, **settings), theirs)
+@pytest.mark.parametrize("settings", [
+    {"width": 64, "height": 64, "steps": 20}, {"width": 72, "height": 56, "steps": 7, "guidance": 3.0},
+    {"width": 64, "height": 136, "steps": 2, "guidance": 1.0}, {"width": 72, "height": 64, "steps": 1},
+    {"image": photograph(80, 64), "steps": 20, "strength": 0.05},
+    {"image": photograph(72, 56), "steps": 12, "strength": 0.5},
+    {"image": photograph(64, 64), "steps": 8, "strength": 0.99},
+    {"image": photograph(64, 72), "steps": 8, "strength": 1.0},
+])  # fmt: skip
+def test_generate_matches_diffusers(small_model, reference, sampler, settings):
+    ours = small_model.generate(PROMPT, NEGATIVE, sampler=sampler, seed=5, **settings)
+    assert_same(ours, diffusers_images(reference, sampler, **settings))
 
 
-# Without ddpm, for which diffusers' inpainting draws its noise in another order.
+# Without ddpm, for which diffusers' inpainting draws its noise in another order. The mask ends at the borders
+# of latents, since diffusers rounds others differently.
 @pytest.mark.parametrize("sampler", ["ddim", "dpm++"])
 @pytest.mark.parametrize("strength", [0.3, 0.8])
 def test_inpainting_matches_diffusers(small_model, reference, sampler, strength):
-    reference.scheduler = SCHEDULERS[sampler]()
-    pipeline, image = other_pipeline(StableDiffusionInpaintPipeline, reference), photograph(96, 80)
-    mask = mask_of(
-        image.size, 24, 16, 72, 56
-    )  # along latents, since diffusers rounds other edges differently
-    [theirs] = pipeline(
-        PROMPT, negative_prompt=NEGATIVE, image=image, mask_image=mask, strength=strength, width=96, height=80,
-        num_inference_steps=20, generator=seeded(5),
-    ).images  # fmt: skip
-    settings = {
-        "image": image,
-        "mask": mask,
-        "strength": strength,
-        "steps": 20,
-        "sampler": sampler,
-        "seed": 5,
-    }
-    assert_same(small_model.generate(PROMPT, NEGATIVE, **settings), [Image.composite(theirs, image, mask)])
+    image, mask = photograph(96, 80), mask_of((96, 80), 24, 16, 72, 56)
+    settings = {"image": image, "mask": mask, "strength": strength, "steps": 12}
+    [theirs] = diffusers_images(reference, sampler, **settings)
+    ours = small_model.generate(PROMPT, NEGATIVE, sampler=sampler, seed=5, **settings)
+    assert_same(ours, [Image.composite(theirs, image, mask)])
 
 
-@pytest.mark.parametrize("image", [None, photograph(64, 72)], ids=["from noise", "from an image"])
-def test_prompts_times_n_match_diffusers(small_model, reference, image):
+@pytest.mark.parametrize("size", [{"width": 64, "height": 72}, {"image": photograph(64, 72)}])
+def test_prompts_times_n_match_diffusers(small_model, reference, size):
     """Two images of each prompt, in the order of the prompts, each from its own seed."""
-    reference.scheduler = SCHEDULERS["ddpm"]()
-    prompts = [PROMPT, OTHER_PROMPT]
-    pipeline = reference if image is None else other_pipeline(StableDiffusionImg2ImgPipeline, reference)
-    size = {"width": 64, "height": 72} if image is None else {"image": image}
-    theirs = pipeline(
-        prompts, negative_prompt=[NEGATIVE] * 2, num_images_per_prompt=2, num_inference_steps=5,
-        generator=[seeded(5 + i) for i in range(4)], **size,
-    ).images  # fmt: skip
-    assert_same(small_model.generate(prompts, NEGATIVE, n=2, steps=5, seed=5, **size), theirs)
+    prompts, settings = [PROMPT, OTHER_PROMPT], {"n": 2, "steps": 5, **size}
+    ours = small_model.generate(prompts, NEGATIVE, seed=5, **settings)
+    assert_same(ours, diffusers_images(reference, "ddpm", prompts, **settings))
 
 
 def test_full_size_matches_diffusers(full, tmp_path):
-    tasks = [
-        {"steps": 3, "width": 256, "height": 256},
-        {"steps": 4, "image": photograph(192, 256), "strength": 0.5},
-    ]
+    tasks = {"width": 256, "height": 256, "steps": 3}, {"image": photograph(192, 256), "steps": 4}
     pipeline = make_checkpoint.reference_pipeline(full, tmp_path)
-    pipeline.scheduler = SCHEDULERS["dpm++"]()
-    theirs = []
-    for kind, task in zip((type(pipeline), StableDiffusionImg2ImgPipeline), tasks):
-        steps, settings = task["steps"], {name: value for name, value in task.items() if name != "steps"}
-        settings |= {"negative_prompt": NEGATIVE, "num_inference_steps": steps, "generator": seeded(5)}
-        theirs += other_pipeline(kind, pipeline)(PROMPT, **settings).images
+    theirs = [diffusers_images(pipeline, "dpm++", strength=0.5, **task)[0] for task in tasks]
     del pipeline
     gc.collect()
     model = sd.load(full)
-    ours = [model.generate(PROMPT, NEGATIVE, sampler="dpm++", seed=5, **task)[0] for task in tasks]
-    assert_same(ours, theirs)
+    for task, their in zip(tasks, theirs):
+        settings = {"sampler": "dpm++", "seed": 5, "strength": 0.5}
+        assert_same(model.generate(PROMPT, NEGATIVE, **settings, **task), [their])
 
 
 def test_encode_and_decode_match_diffusers(small_model, reference):
@@ -188,12 +152,10 @@ def test_encode_and_decode_match_diffusers(small_model, reference):
 # ---------------------------------------------------------------------------------------------------- denoise
 
 
-@pytest.mark.parametrize("guidance", [7.5, 1])
-@pytest.mark.parametrize("sampler", sd.SAMPLERS)
+@pytest.mark.parametrize("sampler, guidance", [("ddpm", 7.5), ("ddim", 3.0), ("dpm++", 7.5), ("ddpm", 1)])
 def test_denoise_matches_the_formulas(small_model, sampler, guidance):
     """Each step's number, timestep, latents and x0, from the models and the sampler alone."""
-    settings = DENOISE | {"sampler": sampler, "guidance": guidance}
-    steps = list(small_model.denoise(PROMPT, NEGATIVE, n=2, **settings))
+    steps = list(small_model.denoise(PROMPT, NEGATIVE, n=2, sampler=sampler, guidance=guidance, **DENOISE))
     process, generators = sd.SAMPLERS[sampler](small_model.config, 4), [seeded(5), seeded(6)]
 
     def draw() -> torch.Tensor:
@@ -214,31 +176,28 @@ def test_denoise_matches_the_formulas(small_model, sampler, guidance):
             assert relative_error(step.x0, x0) < 1e-4 and relative_error(step.latents, latents) < 1e-4
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, {"image": photograph(), "strength": 0.5}, {"n": 2, "sampler": "ddim"}]
-)
+@pytest.mark.parametrize("settings", [{"n": 2, "sampler": "ddim"}, {"image": photograph(), "strength": 0.5}])
 def test_last_latents_decode_to_the_image(small_model, settings):
     *_, last = small_model.denoise(PROMPT, NEGATIVE, **DENOISE | settings)
-    assert last.number == (2 if "image" in settings else 4) and not last.latents.requires_grad
+    assert last.number == (2 if "image" in settings else 4)
     images = sd.to_images(small_model.decode(last.latents))
     assert_same(images, small_model.generate(PROMPT, NEGATIVE, **QUICK | settings))
 
 
-def test_preview_and_cancel(small_model):
-    """A user's loop with gradients enabled; ddpm ends without noise, so that its last x0 is the image."""
+@pytest.mark.parametrize("last", [4, 2])
+def test_preview_and_cancel(small_model, last):
+    """A user's loop, with gradients enabled. ddpm ends without noise, so that its last x0 is the image."""
+    gradients, previews = [], []
+    hook = small_model.unet.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    for step in small_model.denoise(PROMPT, **DENOISE):
+        previews += sd.to_images(small_model.decode(step.x0))
+        if step.number == last:
+            break
+    hook.remove()
+    assert gradients == [False] * last and torch.is_grad_enabled() and not step.latents.requires_grad
     [expected] = small_model.generate(PROMPT, **QUICK)
-    for last in (4, 2):
-        calls, previews = [], []
-        hook = small_model.unet.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-        for step in small_model.denoise(PROMPT, **DENOISE):
-            previews += sd.to_images(small_model.decode(step.x0))
-            if step.number == last:
-                break
-        hook.remove()
-        assert calls == [False] * last and torch.is_grad_enabled()
-        assert (difference(previews[-1], expected) <= 1) == (last == 4)
-        assert min(map(mean_difference, previews[:-1], previews[1:])) > 1
-    assert difference(small_model.generate(PROMPT, **QUICK)[0], expected) == 0
+    assert min(mean_difference(preview, expected) for preview in previews[:3]) > 0.1
+    assert last < 4 or difference(previews[-1], expected) <= 1
 
 
 # -------------------------------------------------------------------------------- seeds, batches and guidance
@@ -255,27 +214,24 @@ def test_seed_gives_the_same_image_alone_and_in_a_batch(small_model, sampler):
     assert min(mean_difference(batch[0], image) for image in batch[1:]) > 10
 
 
-def test_largest_seed(small_model):
+def test_largest_and_random_seeds(small_model):
+    """Without a seed each image is different; its info has the seed that makes it again."""
     last = small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 2, "n": 2})[1:]
     assert_same(last, small_model.generate(PROMPT, **QUICK | {"seed": 2**64 - 1}))
-
-
-def test_random_seed(small_model):
-    """Without a seed each image is different; its info has the seed that makes it again."""
     one, other = (small_model.generate(PROMPT, **QUICK | {"seed": None})[0] for _ in range(2))
     assert mean_difference(one, other) > 10
     assert difference(small_model.generate(PROMPT, **QUICK | {"seed": one.info["seed"]})[0], one) == 0
 
 
 def test_info(small_model):
-    """Each image has its own seed and prompt in its info, and the settings as AUTOMATIC1111's web UI has them."""
-    settings = QUICK | {"guidance": 3.25, "n": 2, "width": 72}
+    """Each image has its seed in its info, and the settings as AUTOMATIC1111's web UI has them."""
+    settings = QUICK | {"guidance": 3.25, "n": 2, "width": 72, "steps": 2}
     images = small_model.generate([PROMPT, OTHER_PROMPT], NEGATIVE, **settings)
     assert [image.info["seed"] for image in images] == [5, 6, 7, 8]
     assert [image.info["parameters"].split("\n")[0] for image in images] == [PROMPT] * 2 + [OTHER_PROMPT] * 2
     assert images[3].info["parameters"] == (
         f"{OTHER_PROMPT}\nNegative prompt: {NEGATIVE}\n"
-        "Steps: 4, Sampler: DDPM, CFG scale: 3.25, Seed: 8, Size: 72x64, Model: small"
+        "Steps: 2, Sampler: DDPM, CFG scale: 3.25, Seed: 8, Size: 72x64, Model: small"
     )
 
 
@@ -292,13 +248,12 @@ def test_unet_runs_once_per_step(small_model, guidance, batch):
 def test_guidance_from_the_negative_prompt_to_the_prompt(small_model):
     """At 0 and 1, where the formula gives one of the two; the tests against diffusers have other values."""
     one, zero = (small_model.generate(text, guidance=1, **QUICK)[0] for text in (PROMPT, NEGATIVE))
-    [at_0] = small_model.generate(PROMPT, NEGATIVE, guidance=0, **QUICK)
-    [near_1] = small_model.generate(PROMPT, NEGATIVE, guidance=1 + 1e-9, **QUICK)  # both halves run
-    [at_1] = small_model.generate(PROMPT, NEGATIVE, guidance=1, **QUICK)
+    settings = [{"guidance": 0}, {"guidance": 1 + 1e-9}, {"guidance": 1}, {}, {"negative": ""}]
+    at_0, near_1, at_1, at_7, without = (  # near 1 both halves run
+        small_model.generate(PROMPT, **{"negative": NEGATIVE, **QUICK, **more})[0] for more in settings
+    )
     assert difference(at_0, zero) <= 1 and difference(near_1, one) <= 1 and difference(at_1, one) == 0
-    assert mean_difference(one, zero) > 1
-    with_negative, without = (small_model.generate(PROMPT, text, **QUICK)[0] for text in (NEGATIVE, ""))
-    assert mean_difference(with_negative, without) > 1
+    assert mean_difference(one, zero) > 1 and mean_difference(at_7, without) > 1
 
 
 def test_long_prompt_warns_about_dropped_words(small_model):
@@ -319,17 +274,17 @@ def test_progress_bar_shows_where_it_is_asked_for(small_model, capfd):
     small_model.generate(PROMPT, **QUICK)
     list(small_model.denoise(PROMPT, **DENOISE))
     assert capfd.readouterr() == ("", "")
-    for settings in ({"progress": True}, {"image": photograph(), "strength": 0.5}):
+    for settings, bar in (({"progress": True}, "4/4"), ({"image": photograph(), "strength": 0.5}, "2/2")):
         small_model.generate(PROMPT, **DENOISE | settings)
         out, err = capfd.readouterr()
-        assert out == "" and "100%" in err and ("2/2" if "image" in settings else "4/4") in err
+        assert out == "" and "100%" in err and bar in err
 
 
 # ------------------------------------------------------------------------------------------- images and masks
 
 
 def redraw(model, image, mask=None, **settings) -> Image.Image:
-    [redrawn] = model.generate(PROMPT, image=image, mask=mask, **{"steps": 5, "seed": 5, **settings})
+    [redrawn] = model.generate(PROMPT, image=image, mask=mask, **{"steps": 4, "seed": 5, **settings})
     return redrawn
 
 
@@ -348,27 +303,23 @@ def test_low_strength_keeps_the_image(small_model):
 
 @pytest.mark.parametrize("sampler", sd.SAMPLERS)
 def test_inpainting_changes_only_where_the_mask_is_white(small_model, sampler):
-    image, mask = photograph(72, 64), mask_of((72, 64), 13, 21, 50, 43)  # not along latents
+    image, mask = photograph(72, 64), mask_of((72, 64), 13, 21, 50, 43)  # not at the borders of latents
     white = np.asarray(mask) == 255
     changed = abs(pixels(redraw(small_model, image, mask, sampler=sampler)) - pixels(image)).max(axis=2)
     assert (changed[~white] == 0).all()
     assert (changed[white] > 0).mean() > 0.95 and changed[white].mean() > 30
 
 
-def test_black_and_white_masks(small_model):
+def test_black_white_and_gray_masks(small_model):
+    """A gray mask blends pixels, here where it is bright enough for all latents to be redrawn."""
     image = photograph()
+    redrawn = redraw(small_model, image)
     assert difference(redraw(small_model, image, mask_of(image.size)), image) == 0
-    white = mask_of(image.size, 0, 0, 64, 64)
-    assert difference(redraw(small_model, image, white), redraw(small_model, image)) == 0
-
-
-def test_gray_mask_blends_pixels(small_model):
-    """Where it is bright enough for all latents to be redrawn."""
-    image = photograph()
+    assert difference(redraw(small_model, image, mask_of(image.size, 0, 0, 64, 64)), redrawn) == 0
     mask = Image.fromarray(np.tile(np.linspace(128, 255, 64).astype(np.uint8), (64, 1)))
     share = pixels(mask)[:, :, None] / 255
-    expected = pixels(image) * (1 - share) + pixels(redraw(small_model, image)) * share
-    assert abs(pixels(redraw(small_model, image, mask)) - expected).max() <= 1
+    blend = pixels(image) * (1 - share) + pixels(redrawn) * share
+    assert abs(pixels(redraw(small_model, image, mask)) - blend).max() <= 1
 
 
 def test_images_and_masks_are_objects_or_files(small_model, tmp_path, monkeypatch):
@@ -391,11 +342,11 @@ def test_images_and_masks_are_objects_or_files(small_model, tmp_path, monkeypatc
 @pytest.mark.parametrize("size, fitted", [((131, 77), (128, 72)), ((64, 71), (64, 64)), ((9, 15), (8, 8))])
 def test_size_is_the_images_rounded_down_to_a_multiple_of_8(small_model, size, fitted):
     image = photograph(*size)
-    assert redraw(small_model, image).size == fitted
+    assert redraw(small_model, image, steps=1).size == fitted
     scale = max(new / old for new, old in zip(fitted, size))
     margins = [(old - new / scale) / 2 for new, old in zip(fitted, size)]
     box = (*margins, size[0] - margins[0], size[1] - margins[1])
-    kept = redraw(small_model, image, mask_of(size))
+    kept = redraw(small_model, image, mask_of(size), steps=1)
     assert difference(kept, image.resize(fitted, Image.Resampling.LANCZOS, box)) <= 1
 
 
@@ -409,22 +360,19 @@ def test_image_of_other_proportions_is_cropped_at_the_center(small_model):
     assert changed[:, :28].mean() > 0.95 and not changed[:, 36:].any()
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"steps": 0}, "steps is 0"), ({"steps": 1001}, "steps is 1001"), ({"n": 0}, "n is 0"),
-        ({"n": -1}, "n is -1"), ({"guidance": math.nan}, "guidance is nan"),
-        ({"guidance": -math.inf}, "guidance is -inf"), ({"sampler": "euler"}, "sampler is euler"),
-        ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is"), ({"seed": 2**64 - 1, "n": 2}, "seed is"),
-        ({"width": 100}, "width is 100"), ({"height": -8}, "height is -8"), ({"width": 0}, "width is 0"),
-        ({"height": 2**20}, "height is 1048576"), ({"mask": mask_of((64, 64))}, "mask is given"),
-        ({"image": photograph(), "mask": mask_of((64, 63))}, "mask is .*64.*63.*image.*64.*64"),
-        ({"image": photograph(), "strength": 0}, "strength is 0"),
-        ({"image": photograph(), "strength": 1.01}, "strength is 1.01"),
-        ({"image": photograph(), "strength": math.nan}, "strength is nan"),
-        ({"image": photograph(7, 64), "width": None}, "width is 0"), ({"image": "missing.png"}, "missing.png"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("settings, message", [
+    ({"steps": 0}, "steps is 0"), ({"steps": 1001}, "steps is 1001"), ({"n": 0}, "n is 0"),
+    ({"n": -1}, "n is -1"), ({"guidance": math.nan}, "guidance is nan"),
+    ({"guidance": -math.inf}, "guidance is -inf"), ({"sampler": "euler"}, "sampler is euler"),
+    ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is"), ({"seed": 2**64 - 1, "n": 2}, "seed is"),
+    ({"width": 100}, "width is 100"), ({"height": -8}, "height is -8"), ({"width": 0}, "width is 0"),
+    ({"height": 2**20}, "height is 1048576"), ({"mask": mask_of((64, 64))}, "mask is given"),
+    ({"image": photograph(), "mask": mask_of((64, 63))}, "mask is .*64.*63.*image.*64.*64"),
+    ({"image": photograph(), "strength": 0}, "strength is 0"), ({"image": "missing.png"}, "missing.png"),
+    ({"image": photograph(), "strength": 1.01}, "strength is 1.01"),
+    ({"image": photograph(), "strength": math.nan}, "strength is nan"),
+    ({"image": photograph(7, 64), "width": None}, "width is 0"),
+])  # fmt: skip
 def test_arguments_out_of_range(small_model, settings, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
         small_model.generate(PROMPT, **QUICK | settings)
@@ -433,7 +381,7 @@ def test_arguments_out_of_range(small_model, settings, message):
         next(small_model.denoise(PROMPT, **DENOISE | settings))
 
 
-# ---------------------------------------------------------------------------------------- dtypes and devices
+# ----------------------------------------------------------------------------------------- dtypes and devices
 
 
 def vae_dtypes(model: sd.StableDiffusion) -> list[torch.dtype]:
@@ -442,6 +390,10 @@ def vae_dtypes(model: sd.StableDiffusion) -> list[torch.dtype]:
     for half in (model.vae.encoder, model.vae.decoder):
         half.register_forward_hook(lambda module, *_: dtypes.append(next(module.parameters()).dtype))
     return dtypes
+
+
+def weights_of(model: sd.StableDiffusion) -> dict[str, tuple]:
+    return {name: (x.data_ptr(), x.dtype, x.sum()) for name, x in model.named_parameters()}
 
 
 def test_default_dtype_changes_nothing(small_model):
@@ -469,7 +421,7 @@ def test_half_precision(small, small_model, dtype, allowed):
 @pytest.mark.parametrize("image", [None, photograph()], ids=["decoder", "encoder"])
 @pytest.mark.parametrize("offload", [False, True])
 def test_vae_falls_back_to_float32(small, image, offload):
-    """For the one call that overflows, its weights stay in float16."""
+    """For the one call that overflows, while its weights stay in float16."""
 
     def overflowing(offload: bool = False) -> sd.StableDiffusion:
         """Its VAE exceeds fp16's 65504 in between; the norm that follows scales it back."""
@@ -481,12 +433,11 @@ def test_vae_falls_back_to_float32(small, image, offload):
 
     expected, model = overflowing(), overflowing(offload)
     expected.vae.float()
-    weights = {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
-    dtypes, settings = vae_dtypes(model), QUICK | {"image": image, "steps": 1, "width": 32, "height": 32}
+    before, dtypes = weights_of(model), vae_dtypes(model)
+    settings = QUICK | {"image": image, "steps": 1, "width": 32, "height": 32}
     assert_same(*(each.generate(PROMPT, **settings) for each in (model, expected)))
     assert dtypes == [torch.float16, torch.float32] * (1 if image is None else 2)
-    assert weights == {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
-    assert {weight.dtype for weight in model.parameters()} == {torch.float16}
+    assert weights_of(model) == before
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -500,33 +451,26 @@ def test_images_that_are_not_finite_are_refused(small, dtype, image):
         model.generate(PROMPT, **QUICK | {"image": image, "steps": 2, "width": 32, "height": 32})
 
 
-def test_offload_gives_the_same_image(small, small_model):
-    model = sd.load(small, offload=True)
-    weights = {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
-    settings = QUICK | {"image": photograph()}
-    assert difference(*(each.generate(PROMPT, **settings)[0] for each in (model, small_model))) == 0
-    assert weights == {name: (weight.data_ptr(), weight.sum()) for name, weight in model.named_parameters()}
+def test_offload(small, small_model):
+    """A part is on the device only while it runs. The device is cpu:0, to which PyTorch copies from cpu."""
+    model, seen = sd.load(small, device="cpu:0", offload=True), []
+    home = weights_of(model)
+    assert model.device == torch.device("cpu:0")
 
+    def on_device(*_) -> set[str]:
+        moved = (name for name, weight in model.named_parameters() if weight.data_ptr() != home[name][0])
+        return {name.split(".")[0] for name in moved}
 
-def test_offload_has_one_part_on_the_device_at_a_time(small):
-    """A dtype stands in for the device, as weights can be moved to either. A preview needs the VAE, too."""
-    model, seen = sd.load(small, offload=True), {}
-    assert model.offload_device == model.device == torch.device("cpu")
-    model.offload_device = torch.float64
-
-    def on_device() -> set[str]:
-        names = (name for name, weight in model.named_parameters() if weight.dtype == torch.float64)
-        return {name.split(".")[0] for name in names}
-
-    parts = {"text_encoder": model.text_encoder, "unet": model.unet, "vae": model.vae.post_quant}
-    for name, part in parts.items():
-        part.register_forward_pre_hook(lambda *_, name=name: seen.update({name: on_device()}))
-    for _ in model.denoise(PROMPT, **DENOISE):
+    for part in (model.text_encoder, model.vae.encoder, model.unet, model.vae.decoder):
+        part.register_forward_pre_hook(lambda *_: seen.append(on_device()))
+    settings = {"image": photograph(), "strength": 0.5}
+    [image], [expected] = (each.generate(PROMPT, **QUICK | settings) for each in (model, small_model))
+    assert difference(image, expected) <= 1 and weights_of(model) == home
+    assert seen == [{"text_encoder"}, {"text_encoder"}, {"vae"}, {"unet"}, {"unet"}, {"vae"}]
+    for step in model.denoise(PROMPT, **DENOISE):
+        assert on_device() == {"unet"} and model.decode(step.x0).isfinite().all()
         break
-    assert seen == {"text_encoder": {"text_encoder"}, "unet": {"unet"}} and on_device() == set()
-    with pytest.raises(RuntimeError, match="type"):  # of the latents, which are not in float64
-        model.decode(torch.zeros(1, 4, 8, 8))
-    assert seen["vae"] == {"vae"} and on_device() == set()
+    assert seen[-1] == {"unet", "vae"} and weights_of(model) == home
 
 
 def test_model_of_another_size(tmp_path):

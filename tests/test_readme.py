@@ -1,42 +1,60 @@
-"""What the README shows runs as it stands there."""
+"""What the README shows is so: its blocks run as they stand, its lines of code are sd.py's, its options are all there."""
 
 import re
 import shlex
-from dataclasses import replace
+import shutil
+import textwrap
 
 import pytest
 from conftest import ROOT
+from weights import train
 
 import sd
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CODE = (ROOT / "sd.py").read_text(encoding="utf-8")
 
 
-def test_python_blocks_run(small, tmp_path, monkeypatch):
-    """In one go, as in a notebook, with a small random model of small pictures in the place of SD v1.5."""
+def test_python_blocks_run_on_the_default_model(tmp_path, monkeypatch):
+    """In one session, as in a notebook."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "weights").mkdir()
-    model = sd.StableDiffusion.load(small)
-    model.config = replace(model.config, image_size=64)
-    model.save("weights/v1-5-pruned-emaonly.safetensors")
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
-    cells = {}
+    shutil.copy(sd.DEFAULT_WEIGHTS, "weights/emoji.safetensors")
+    loop, *blocks = PYTHON
+    assert textwrap.indent(loop, 12 * " ") in CODE
+    session: dict = {}
     for block in blocks:
-        exec(block, cells)
-    assert cells["picture"].size == cells["again"].size == (64, 64)
-    assert sd.StableDiffusion.load("my-model.safetensors").config == cells["model"].config
+        exec(block, session)
+    assert len(blocks) == 3 and session["image"].size == session["again"].size == (128, 128)
+    assert sd.load("my-model.safetensors").config == session["model"].config
+    assert not session["mean"].requires_grad and (tmp_path / "apple.png").exists()
 
 
-@pytest.mark.parametrize("command", re.findall(r"^    python (sd\.py .*)$", README, re.MULTILINE))
-def test_commands_parse(command):
-    _, *arguments = shlex.split(command)
-    sd.parse_train(arguments[1:]) if arguments[0] == "train" else sd.parse(arguments)
+@pytest.mark.parametrize(
+    "command", re.findall(r"^    (?:python|torchrun \S+ \S+) ((?:sd|weights/train)\.py .*)$", README, re.M)
+)
+def test_commands_parse(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script, *arguments = shlex.split(command)
+    train.parse(arguments) if script == "weights/train.py" else sd.parse(arguments)
 
 
 def test_options_are_all_there(run_sd):
     """Those of --help, and no others."""
     shown = set(re.findall(r"--[a-z]+", run_sd("--help").stdout)) - {"--help"}
-    assert shown == set(
-        re.findall(r"`(--[a-z]+)", README[README.index("## Options") : README.index("## From")])
-    )
+    table = README[README.index("## Options") : README.index("A mistake ends")]
+    assert shown == set(re.findall(r"`(--[a-z]+)", table))
+
+
+def test_line_counts_of_the_sections():
+    starts = [(int(number), line) for line, number in enumerate_sections()] + [(11, CODE.count("\n") + 1)]
+    counts = {number: end - start for (number, start), (_, end) in zip(starts, starts[1:])}
+    table = re.findall(r"^\| (\d+) [\w ]+ \| (\d+) \|", README, re.M)
+    assert {int(number): int(lines) for number, lines in table} == counts
+
+
+def enumerate_sections() -> list[tuple[int, str]]:
+    """The line and the number of each section's banner."""
+    banners = [re.match(r"# -+ (\d+) ", line) for line in CODE.splitlines()]
+    return [(line, match[1]) for line, match in enumerate(banners, 1) if match]

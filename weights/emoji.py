@@ -2,9 +2,9 @@
 
     python weights/emoji.py FOLDER
 
-FOLDER/train and FOLDER/heldout, which has a tenth of the pairs of emoji and color, hold PNGs and a metadata.jsonl.
-The font and the list of names come from Debian's packages fonts-noto-color-emoji and unicode-data; `make emoji`
-fetches them where they are missing.
+FOLDER/train and FOLDER/heldout, which has a tenth of the pairs of emoji and color, hold PNGs and a
+metadata.jsonl. The font and the list of names come from Debian's packages fonts-noto-color-emoji and
+unicode-data; `make emoji` fetches them where they are missing.
 """
 
 import json
