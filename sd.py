@@ -61,12 +61,10 @@ class Config:
     text_dim: int = 768
     text_layers: int = 12
     text_heads: int = 12
-
     latent_channels: int = 4
     latent_scale: float = 0.18215  # scales latents to unit variance (Rombach et al. 2022, app. G)
     vae_channels: tuple[int, ...] = (128, 256, 512, 512)  # at each level, starting with the image's own size
     vae_blocks: int = 2  # residual blocks per level of the encoder; the decoder has one more
-
     unet_channels: tuple[int, ...] = (320, 640, 1280, 1280)
     unet_attention: tuple[bool, ...] = (True, True, True, False)  # which levels have transformers
     unet_blocks: int = 2  # residual blocks per level on the way down; one more on the way up
@@ -111,7 +109,7 @@ def check(name: str, value: object, right: object, wanted: str) -> None:
 # Byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909) as in OpenAI's CLIP: text is split into words,
 # words into bytes, and bytes are merged into the tokens that were frequent in CLIP's training data.
 
-# Each byte is written as one character: printable ones as themselves, the others from U+0100 on.
+# A byte is written as one character: a printable one as itself, the others from U+0100 on. </w> ends a word.
 PRINTABLE = [byte for byte in range(256) if byte > ord(" ") and chr(byte).isprintable()]
 OTHERS = [byte for byte in range(256) if byte not in PRINTABLE]
 BYTE_SYMBOLS = {byte: chr(byte) for byte in PRINTABLE} | {byte: chr(256 + i) for i, byte in enumerate(OTHERS)}
@@ -126,8 +124,7 @@ class Tokenizer:
 
     def __init__(self, vocab_size: int = Config.vocab_size, length: int = Config.text_length):
         self.length = length
-        symbols = list(BYTE_SYMBOLS.values())
-        symbols += [symbol + "</w>" for symbol in symbols]  # at the end of a word
+        symbols = [symbol + end for end in ("", "</w>") for symbol in BYTE_SYMBOLS.values()]
         merges = (HERE / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8").splitlines()
         pairs = [tuple(line.split()) for line in merges[: max(0, vocab_size - len(symbols) - 2)]]
         self.ranks = {pair: rank for rank, pair in enumerate(pairs)}
@@ -155,8 +152,7 @@ class Tokenizer:
             part = "".join(character.lower() for character in part)  # one by one: no final sigma
             for match in WORD.finditer(part):
                 # <|ENDOFTEXT|> is not special but three words.
-                words = ["<|", match[1][2:-2], "|>"] if match[1] else [match[0]]
-                for word in words:
+                for word in ("<|", match[1][2:-2], "|>") if match[1] else (match[0],):
                     yield word, [self.ids[token] for token in self.tokens(word)]
 
     def tokens(self, word: str) -> list[str]:
@@ -491,10 +487,9 @@ def add_noise(x0: Tensor, noise: Tensor, alphas_cumprod: float | Tensor) -> Tens
 
 
 class DDIM:
-    """Song et al. 2020, arXiv:2010.02502. The i-th step leads from `timesteps[i]` to the next one, and from
-    `alphas_cumprod[i]` to `alphas_cumprod[i + 1]`; SD's DDIM ends at the first timestep of the schedule."""
+    """Song et al. 2020, arXiv:2010.02502. Step i goes from `alphas_cumprod[i]` to `alphas_cumprod[i + 1]`."""
 
-    eta, ends_without_noise = 0.0, False
+    eta, ends_without_noise = 0.0, False  # SD's DDIM ends at the first timestep of the schedule
 
     def __init__(self, config: Config, steps: int, strength: float = 1.0):
         """Spaces `steps` over the schedule and keeps the last `strength` of them, at least one."""
@@ -652,7 +647,7 @@ class Settings:
 
 
 # What `denoise` yields: a step's number and timestep, and (B, C, h, w) each, the latents after it and its x0.
-Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])  # noqa: UP014
+Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])
 
 
 class StableDiffusion(nn.Module):
@@ -699,11 +694,10 @@ class StableDiffusion(nn.Module):
 
     def encode(self, images: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled: the mean or, with noise, a sample"""
-        images = images.to(self.device)
         with self.on_device(self.vae) as dtype:
-            mean, logvar = self.vae.encode(images.to(dtype))  # (B, C, h, w) each
+            mean, logvar = self.vae.encode(images.to(self.device, dtype))  # (B, C, h, w) each
             if dtype == torch.float16 and not mean.isfinite().all():  # it overflowed
-                mean, logvar = deepcopy(self.vae).float().encode(images)
+                mean, logvar = deepcopy(self.vae).float().encode(images.to(self.device))
         return (mean.float() + (0.5 * logvar.float()).exp() * noise) * self.config.latent_scale
 
     def decode(self, latents: Tensor) -> Tensor:
@@ -970,8 +964,9 @@ DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_di
         "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads",
     },
     "vae": {
-        "block_out_channels": "vae_channels", "layers_per_block": "vae_blocks", "scaling_factor": "latent_scale",
+        "block_out_channels": "vae_channels", "layers_per_block": "vae_blocks",
         "norm_num_groups": "norm_groups", "latent_channels": "latent_channels",
+        "scaling_factor": "latent_scale",
     },
     "unet": {
         "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks",

@@ -56,16 +56,14 @@ BAD_VALUES = {
 @pytest.mark.parametrize("name", BAD_VALUES)
 def test_bad_values_are_refused_in_one_line(name):
     for value in BAD_VALUES[name]:
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match="|".join(BAD_VALUES)) as caught:  # it names a field
             sd.Config(**{name: value})
-        message = str(caught.value)
-        assert any(field in message for field in BAD_VALUES), f"{message} names no field"
-        assert "\n" not in message and len(message) < 200
+        assert "\n" not in str(caught.value) and len(str(caught.value)) < 200
 
 
 def test_odd_channels_at_the_first_level_are_refused():
     """The timestep embedding has as many cosines as sines."""
     sizes = {"vae_channels": (33,), "unet_attention": (True,), "unet_heads": 3, "norm_groups": 3}
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="unet_channels"):
         sd.Config(unet_channels=(33,), **sizes)
     sd.Config(unet_channels=(66,), **sizes)

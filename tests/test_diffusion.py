@@ -171,7 +171,7 @@ def test_timesteps_of_any_number_of_steps(name, total):
     for steps in range(1, total + 1):
         sampler = sd.SAMPLERS[name](config, steps)
         timesteps = sampler.timesteps
-        assert 0 <= timesteps[-1] and timesteps[0] < total
+        assert timesteps[-1] >= 0 and timesteps[0] < total
         assert all(t > t_prev for t, t_prev in pairwise(timesteps))
         if steps < total:
             theirs.set_timesteps(steps)

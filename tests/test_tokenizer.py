@@ -77,7 +77,7 @@ POOLS = {
     "white space": list("a.1\x85\xa0\u1680\u180e\u202f\u3000\ufeff")
     + span("9-D 1C-20 2000-200D 2028-2029 205F-2060"),
     "contractions": [
-        "it's", "It'S", "I'm", "we'RE", "they've", "he'll", "she'D", "don't", "'s", "'S", "''s", "'ſ", "’s", "'"
+        "it's", "It'S", "I'm", "we'RE", "they've", "he'll", "she'D", "don't", "'s", "'S", "''", "'ſ", "’s"
     ],
     "digits": [character for character in KNOWN if unicodedata.category(character).startswith("N")],
     "special tokens": [
