@@ -76,18 +76,24 @@ class Config:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            default, value = getattr(Config, field.name), getattr(self, field.name)
-            value = type(default)(value)  # JSON has lists where this has tuples
-            object.__setattr__(self, field.name, value)
-            if field.name != "vocabulary":
-                numbers = value if isinstance(value, tuple) else (value,)
-                most = 100 if field.name.endswith(("_layers", "_blocks")) else 2**20
-                right = 1 <= len(numbers) <= 8 and all(n is False or 0 < n <= most for n in numbers)
-                check(field.name, value, right, f"over 0 and at most {most}, at 1 to 8 levels")
+            name, default, value = field.name, getattr(Config, field.name), getattr(self, field.name)
+            value = tuple(value) if isinstance(value, list) else value  # JSON has lists where this has tuples
+            object.__setattr__(self, name, value)
+            if name != "vocabulary":
+                numbers = value if type(value) is type(default) is tuple else (value,)
+                kind = type(default[0]) if isinstance(default, tuple) else type(default)
+                most = 100 if name.endswith(("_layers", "_blocks")) else 2**20
+                kinds = (float, int) if kind is float else (kind,)
+                right = all(type(n) in kinds and (kind is bool or 0 < n <= most) for n in numbers)
+                wanted = f"{kind.__name__}, over 0 and at most {most}, 1 to 8 of them"
+                check(name, str(value)[:99], right and 1 <= len(numbers) <= 8, wanted)
         heads, groups, levels = self.unet_heads, self.norm_groups, len(self.unet_channels)
+        check("vocab_size", self.vocab_size, self.vocabulary or self.vocab_size >= 514, "514 or more")
+        check("text_length", self.text_length, self.text_length >= 2, "2 or more")
+        check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
+        check("unet_channels", self.unet_channels, self.unet_channels[0] % 2 == 0, "even at the first level")
         check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
         check("beta_end", self.beta_end, self.beta_start <= self.beta_end < 1, "from beta_start to below 1")
-        check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
         for channels in self.unet_channels:
             check("unet_heads", heads, channels % heads == 0, f"a divisor of {channels}")
         for channels in self.unet_channels + self.vae_channels:
@@ -370,8 +376,8 @@ class VAE(nn.Module):
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
     """(B,) timesteps -> (B, dim): cosines and sines of falling frequencies (Vaswani et al. 2017, sec. 3.5)"""
-    exponents = torch.arange(dim // 2, dtype=torch.float32, device=t.device) / (dim // 2)
-    angles = t[:, None].float() * torch.exp(-math.log(10000) * exponents)  # (B, dim / 2)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / (dim // 2))  # (B, dim / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
