@@ -2,8 +2,8 @@
 
     python sd.py --prompt "a photograph of an astronaut riding a horse" --weights v1-5-pruned-emaonly.ckpt
 
-The tokenizer (section 2) turns the prompt into ids, the text encoder (4) these into a context. Starting from
-noise, the UNet (6) predicts the noise in the latents, an image at an eighth of its size, and a sampler (7)
+The tokenizer (section 2) turns the prompt into ids, which the text encoder (4) turns into a context. Starting
+from noise, the UNet (6) predicts the noise in latents, an image at an eighth of its size, and a sampler (7)
 removes some of it, step by step. The autoencoder (5) decodes the latents; the pipeline (8) connects all this.
 Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
 
@@ -15,12 +15,10 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239
 
 import argparse
 import ctypes
-import io
 import json
 import math
 import mmap
 import os
-import random
 import re
 import sys
 import unicodedata
@@ -77,14 +75,13 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, default, value = field.name, getattr(Config, field.name), getattr(self, field.name)
-            value = tuple(value) if isinstance(value, list) else value  # JSON has lists where this has tuples
+            value = tuple(value) if isinstance(default, tuple) else value  # JSON has lists for tuples
             object.__setattr__(self, name, value)
             if name != "vocabulary":
-                numbers = value if type(value) is type(default) is tuple else (value,)
-                kind = type(default[0]) if isinstance(default, tuple) else type(default)
+                numbers = value if isinstance(default, tuple) else (value,)
+                kind = type(default[0] if isinstance(default, tuple) else default)
                 most = 100 if name.endswith(("_layers", "_blocks")) else 2**20
-                kinds = (float, int) if kind is float else (kind,)
-                right = all(type(n) in kinds and (kind is bool or 0 < n <= most) for n in numbers)
+                right = all(type(n) in (kind, int) and (kind is bool or 0 < n <= most) for n in numbers)
                 wanted = f"{kind.__name__}, over 0 and at most {most}, 1 to 8 of them"
                 check(name, str(value)[:99], right and 1 <= len(numbers) <= 8, wanted)
         heads, groups, levels = self.unet_heads, self.norm_groups, len(self.unet_channels)
@@ -106,7 +103,7 @@ class Config:
 
 
 def check(name: str, value: object, right: object, wanted: str) -> None:
-    """Raises ValueError unless the value called `name` is `right`."""
+    """Raises ValueError, as in "steps is 0 and must be from 1 to 1000", unless `right`."""
     if not right:
         raise ValueError(f"{name} is {value} and must be {wanted}")
 
@@ -154,10 +151,9 @@ class Tokenizer:
             if part in (START, END):
                 yield part, [self.ids[part]]
                 continue
-            part = unicodedata.normalize("NFC", part)
-            part = "".join(character.lower() for character in part)  # one by one: no final sigma
+            part = "".join(map(str.lower, unicodedata.normalize("NFC", part)))  # one by one: no final sigma
             for match in WORD.finditer(part):
-                # <|ENDOFTEXT|> is not special but three words.
+                # <|ENDOFTEXT|>, in lower case by now, is not special but three words.
                 for word in ("<|", match[1][2:-2], "|>") if match[1] else (match[0],):
                     yield word, [self.ids[token] for token in self.tokens(word)]
 
@@ -184,8 +180,7 @@ class Tokenizer:
 
 
 class Attention(nn.Module):
-    """Multi-head scaled dot-product attention (Vaswani et al. 2017, sec. 3.2, arXiv:1706.03762) of tokens to
-    themselves or to a context."""
+    """Multi-head self-attention or, to a context, cross-attention (Vaswani et al. 2017, arXiv:1706.03762)."""
 
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
@@ -290,7 +285,7 @@ class CLIPTextEncoder(nn.Module):
 
 
 class ImageAttention(Attention):
-    """Single-head self-attention over all pixels, with a residual connection."""
+    """Single-head self-attention over all positions, with a residual connection."""
 
     def __init__(self, channels: int, groups: int):
         super().__init__(channels, heads=1)
@@ -308,7 +303,7 @@ def residual_blocks(count: int, channels: int, out_channels: int, groups: int) -
 
 
 class Encoder(nn.Sequential):
-    """(B, 3, H, W) -> (B, 2 * latent_channels, h, w)"""
+    """(B, 3, H, W) -> (B, 2 * latent_channels, h, w), through its modules in order"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -329,7 +324,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """(B, latent_channels, h, w) -> (B, 3, H, W)"""
+    """(B, latent_channels, h, w) -> (B, 3, H, W), through its modules in order"""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -382,7 +377,7 @@ def timestep_embedding(t: Tensor, dim: int) -> Tensor:
 
 
 class SpatialTransformer(nn.Module):
-    """A pre-norm transformer layer over the pixels of the latents, with cross-attention to the context."""
+    """A pre-norm transformer layer over the positions of the latents, with cross-attention to the context."""
 
     def __init__(self, channels: int, config: Config):
         super().__init__()
@@ -441,8 +436,7 @@ class UNet(nn.Module):
             if i < last:
                 self.downsample.append(nn.Conv2d(channels, channels, 3, stride=2, padding=1))
                 skips.append(channels)
-        middle = (UNetBlock(channels, channels, attention, config) for attention in (True, False))
-        self.middle = nn.ModuleList(middle)
+        self.middle = nn.ModuleList(UNetBlock(channels, channels, flag, config) for flag in (True, False))
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for i, (out_channels, attention) in enumerate(reversed(levels)):
             inputs = [c + skips.pop() for c in [channels] + config.unet_blocks * [out_channels]]
@@ -478,11 +472,11 @@ class UNet(nn.Module):
 # ------------------------------------------------------------------------------------------------ 7 diffusion
 # Forward: noise is gradually added, x_t = sqrt(alphas_cumprod_t) x_0 + sqrt(1 - alphas_cumprod_t) noise
 # (Ho et al. 2020, eq. 4). Reverse: a sampler starts from noise and steps from one timestep to an earlier one,
-# each time with the noise that the UNet predicts. In code, alphas_cumprod at these two is a_t and a_prev.
+# each time with the noise that the UNet predicts. In code, a_t and a_prev are alphas_cumprod at these two.
 
 
 def noise_schedule(config: Config) -> Tensor:
-    """alphas_cumprod (timesteps,) in float64, for betas that are linear in their square roots"""
+    """alphas_cumprod (timesteps,) in float64, for betas whose square roots are evenly spaced"""
     start, end = config.beta_start**0.5, config.beta_end**0.5
     return (1 - torch.linspace(start, end, config.timesteps, dtype=torch.float64) ** 2).cumprod(0)
 
@@ -507,7 +501,7 @@ class DDIM:
     def spacing(self, steps: int, timesteps: int) -> list[int]:
         """Leading spacing with SD's offset of 1: 981, 961, ..., 1 for 50 steps of 1000"""
         stride = timesteps // steps
-        offset = min(1, timesteps - 1 - (steps - 1) * stride)
+        offset = min(1, timesteps - 1 - (steps - 1) * stride)  # 0 where 1 does not fit
         return [offset + i * stride for i in reversed(range(steps))]
 
     def predict_x0(self, i: int, latents: Tensor, noise_pred: Tensor) -> Tensor:
@@ -543,15 +537,15 @@ class DPMPlusPlus(DDIM):
 
     def step(self, i: int, latents: Tensor, noise_pred: Tensor, noise: Tensor) -> Tensor:
         a_t, a_prev = self.alphas_cumprod[i : i + 2]
-        h = self.log_snr(i + 1) - self.log_snr(i)
+        h = self.half_log_snr(i + 1) - self.half_log_snr(i)
         x0 = direction = self.predict_x0(i, latents, noise_pred)
         if 0 < i < len(self.timesteps) - 1:
-            r = (self.log_snr(i) - self.log_snr(i - 1)) / h
+            r = (self.half_log_snr(i) - self.half_log_snr(i - 1)) / h
             direction = x0 + 1 / (2 * r) * (x0 - self.last_x0)
         self.last_x0 = x0
         return ((1 - a_prev) / (1 - a_t)) ** 0.5 * latents - a_prev**0.5 * math.expm1(-h) * direction
 
-    def log_snr(self, i: int) -> float:
+    def half_log_snr(self, i: int) -> float:
         """The paper's lambda: half the logarithm of the signal-to-noise ratio."""
         a_t = self.alphas_cumprod[i]
         return math.log(a_t / (1 - a_t)) / 2 if a_t < 1 else math.inf
@@ -561,7 +555,7 @@ SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusP
 
 
 # ------------------------------------------------------------------------------------------------- 8 pipeline
-# From a prompt to an image: `denoise` and `generate`.
+# Images in and out, the settings, and from a prompt to an image: `denoise` and `generate`.
 
 
 def open_image(source: Any, background: str = "white") -> Image.Image:
@@ -572,7 +566,7 @@ def open_image(source: Any, background: str = "white") -> Image.Image:
             raise ValueError("it is an animation")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
@@ -613,11 +607,11 @@ class Settings:
     strength: float = 0.8  # how much to change it, over 0 to 1
     mask: Any = None  # a file or a PIL image of the same size: the image is redrawn where this is white
 
-    def resolve(self, config: Config) -> None:
+    def resolve(self, config: Config) -> "Settings":
         """Checks and completes the settings for a model of `config`; opens and resizes image and mask."""
         unit, limit = config.downscale, 2**14
         self.prompt = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
-        self.seed = random.randrange(2**32) if self.seed is None else int(self.seed)
+        self.seed = int(np.random.default_rng().integers(2**32) if self.seed is None else self.seed)
         self.image = self.image and open_image(self.image)
         self.mask = self.mask and open_image(self.mask, background="black")
         width, height = self.image.size if self.image else (config.image_size, config.image_size)
@@ -627,7 +621,7 @@ class Settings:
         check("steps", self.steps, 1 <= self.steps <= config.timesteps, f"from 1 to {config.timesteps}")
         check("guidance", self.guidance, math.isfinite(self.guidance), "a finite number, 1 for none")
         check("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
-        check("n", self.n, self.n >= 1, "1 or more")
+        check("n", self.n, 1 <= self.n <= 2**32, "from 1 to 2**32")
         check("seed", self.seed, 0 <= self.seed <= last_seed, f"from 0 to {last_seed}")
         check("width", width, width in range(unit, limit + 1, unit), f"a multiple of {unit} up to {limit}")
         check("height", height, height in range(unit, limit + 1, unit), f"a multiple of {unit} up to {limit}")
@@ -639,20 +633,20 @@ class Settings:
             self.mask = ImageOps.fit(self.mask.convert("L"), (width, height), Image.Resampling.LANCZOS)
         self.image = self.image and ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS)
         self.strength = self.strength if self.image else 1.0
+        return self
 
     def parameters(self, i: int, model: str) -> str:
         """The resolved settings of image i, as AUTOMATIC1111's web UI writes and reads them."""
         sampler = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}[self.sampler]
-        guidance, strength = (str(number).removesuffix(".0") for number in (self.guidance, self.strength))
         model = json.dumps(model) if re.search(r'[,:"\n]', model) else model
-        text = f"Steps: {self.steps}, Sampler: {sampler}, CFG scale: {guidance}, Seed: {self.seed + i}, "
-        text += f"Size: {self.width}x{self.height}, Model: {model}"
-        text += f", Denoising strength: {strength}" if self.image else ""
+        text = f"Steps: {self.steps}, Sampler: {sampler}, CFG scale: {self.guidance:.15g}, "
+        text += f"Seed: {self.seed + i}, Size: {self.width}x{self.height}, Model: {model}"
+        text += f", Denoising strength: {self.strength:.15g}" if self.image else ""
         negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
         return f"{self.prompt[i // self.n]}{negative}\n{text}"
 
 
-# What `denoise` yields: a step's number and timestep, and (B, C, h, w) each, the latents after it and its x0.
+# What `denoise` yields: a step's number, from 1, and timestep, the latents after it and its x0, (B, C, h, w).
 Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])
 
 
@@ -667,6 +661,7 @@ class StableDiffusion(nn.Module):
         self.tokenizer: Any = Tokenizer(config.vocab_size, config.text_length)
         self.text_encoder: nn.Module = CLIPTextEncoder(config)
         if config.vocabulary:
+            check("weights/bert.py", "missing", (HERE / "weights/bert.py").exists(), "beside sd.py, for BERT")
             from weights import bert
 
             self.tokenizer, self.text_encoder = bert.text_models(config)
@@ -710,7 +705,7 @@ class StableDiffusion(nn.Module):
         """Latents (B, C, h, w), scaled -> images (B, 3, H, W), about [-1, 1]"""
         images = []
         with self.on_device(self.vae) as dtype:
-            for latent in (latents.to(self.device) / self.config.latent_scale).split(1):  # memory peaks here
+            for latent in (latents.to(self.device) / self.config.latent_scale).split(1):  # to save memory
                 image = self.vae.decode(latent.to(dtype))
                 if dtype == torch.float16 and not image.isfinite().all():
                     image = deepcopy(self.vae).float().decode(latent)
@@ -718,10 +713,8 @@ class StableDiffusion(nn.Module):
         return torch.cat(images)
 
     def predict_noise(self, latents: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
-        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598): (B, C, h, w) and contexts
-        (B, T, text_dim) -> (B, C, h, w)"""
-        timesteps = torch.full((len(latents),), t, device=latents.device)
-        latents = latents.to(cond.dtype)
+        """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598; `guidance` is 1 + w)"""
+        latents, timesteps = latents.to(cond.dtype), torch.full((len(latents),), t, device=latents.device)
         if guidance == 1:
             return self.unet(latents, timesteps, cond).float()
         both = self.unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond, cond])).float()
@@ -731,8 +724,7 @@ class StableDiffusion(nn.Module):
     @torch.no_grad()
     def denoise(self, prompt: str | list[str], negative: str = "", **settings: Any) -> Iterator[Step]:
         """Runs the reverse process; takes the arguments of `generate` and yields a Step after each step."""
-        s = Settings(prompt, negative, **settings)
-        s.resolve(self.config)
+        s = Settings(prompt, negative, **settings).resolve(self.config)
         cond = self.embed([text for text in s.prompt for _ in range(s.n)])  # (B, T, text_dim)
         uncond = self.embed([s.negative]).expand_as(cond)
         unit, sampler = self.config.downscale, SAMPLERS[s.sampler](self.config, s.steps, s.strength)
@@ -751,7 +743,7 @@ class StableDiffusion(nn.Module):
         if s.mask:
             white = torch.from_numpy(np.array(s.mask))[None] >= 128  # (1, H, W)
             redrawn = F.max_pool2d(white.float(), unit).bool().to(self.device)  # (1, h, w)
-            known = [*sampler.alphas_cumprod[1:-1], 1.0]  # the rest of the image ends without noise
+            known = [*sampler.alphas_cumprod[1:-1], 1.0]  # alphas_cumprod of the rest of the image
         with self.on_device(self.unet):
             for i, t in enumerate(sampler.timesteps):
                 noise_pred = self.predict_noise(latents, t, cond, uncond, s.guidance)
@@ -765,10 +757,9 @@ class StableDiffusion(nn.Module):
     def generate(
         self, prompt: str | list[str], negative: str = "", *, progress: bool = True, **settings: Any
     ) -> list[Image.Image]:
-        """Generates images; Settings has the other arguments. Image i depends on its seed, `seed + i`.
+        """Generates images; Settings has the other arguments. Image i has the seed `seed + i`.
         Its `info` has its "seed" and, as "parameters", all settings. Raises ValueError."""
-        s = Settings(prompt, negative, **settings)
-        s.resolve(self.config)
+        s = Settings(prompt, negative, **settings).resolve(self.config)
         total = len(SAMPLERS[s.sampler](self.config, s.steps, s.strength).timesteps)
         for step in tqdm(self.denoise(**vars(s)), total=total, disable=not progress):
             latents = step.latents
@@ -783,72 +774,62 @@ class StableDiffusion(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------- 9 checkpoints
-# Files are memory-mapped, and weights that need no conversion stay there. One table leads from our names of
-# tensors to those of both dialects, CompVis's single file and diffusers' folder; it serves saving, too.
+# Weights stay in the mapped file unless converted. NAMES has CompVis's and diffusers' names for ours.
 
 COMPVIS, DIFFUSERS = 0, -1  # which of the words in NAMES
 CONFIG_KEY = "sd.py"  # in a file's metadata, for the Config as JSON
 
 PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.text_model. text_encoder.text_model.",
-    "vae": "first_stage_model. vae.",
-    "unet": "model.diffusion_model. unet.",
-}
+    "vae": "first_stage_model. vae.", "unet": "model.diffusion_model. unet."}  # fmt: skip
 NAMES = {  # ours: CompVis's and, where it is another one, diffusers'
     "text_encoder": {
         "token_embedding": "embeddings.token_embedding.weight", "layers": "encoder.layers", "q": "q_proj",
         "position_embedding": "embeddings.position_embedding.weight", "k": "k_proj", "v": "v_proj",
         "attention": "self_attn", "out": "out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
-        "fc1": "mlp.fc1", "fc2": "mlp.fc2", "norm": "final_layer_norm",
-    },
+        "fc1": "mlp.fc1", "fc2": "mlp.fc2", "norm": "final_layer_norm"},
     "vae": {
         "middle.0": "mid.block_1 mid_block.resnets.0", "middle.1": "mid.attn_1 mid_block.attentions.0",
         "middle.2": "mid.block_2 mid_block.resnets.1", "shortcut": "nin_shortcut conv_shortcut",
         "norm": "norm group_norm", "q": "q to_q", "k": "k to_k", "v": "v to_v", "out": "proj_out to_out.0",
-        "norm_out": "norm_out conv_norm_out", "quant": "quant_conv", "post_quant": "post_quant_conv",
-    },
+        "norm_out": "norm_out conv_norm_out", "quant": "quant_conv", "post_quant": "post_quant_conv"},
     "unet": {
         "time_mlp.0": "time_embed.0 time_embedding.linear_1", "conv_in": "input_blocks.0.0 conv_in",
-        "time_mlp.2": "time_embed.2 time_embedding.linear_2", "conv_out": "out.2 conv_out",
-        "norm_out": "out.0 conv_norm_out", "time": "emb_layers.1 time_emb_proj",
+        "time_mlp.2": "time_embed.2 time_embedding.linear_2", "conv_out": "out.2 conv_out", "q": "to_q",
+        "middle.0.residual": "middle_block.0 mid_block.resnets.0", "norm_out": "out.0 conv_norm_out",
+        "middle.0.transformer": "middle_block.1 mid_block.attentions.0", "k": "to_k", "v": "to_v",
+        "middle.1.residual": "middle_block.2 mid_block.resnets.1", "time": "emb_layers.1 time_emb_proj",
         "norm1": "in_layers.0 norm1", "conv1": "in_layers.2 conv1", "norm2": "out_layers.0 norm2",
-        "conv2": "out_layers.3 conv2", "shortcut": "skip_connection conv_shortcut",
-        "middle.0.residual": "middle_block.0 mid_block.resnets.0",
-        "middle.0.transformer": "middle_block.1 mid_block.attentions.0",
-        "middle.1.residual": "middle_block.2 mid_block.resnets.1",
+        "conv2": "out_layers.3 conv2", "shortcut": "skip_connection conv_shortcut", "out": "to_out.0",
         "norm_self": "transformer_blocks.0.norm1", "self_attention": "transformer_blocks.0.attn1",
         "norm_cross": "transformer_blocks.0.norm2", "cross_attention": "transformer_blocks.0.attn2",
         "norm_mlp": "transformer_blocks.0.norm3", "fc1": "transformer_blocks.0.ff.net.0.proj",
-        "fc2": "transformer_blocks.0.ff.net.2", "q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0",
-    },
-}  # fmt: skip
+        "fc2": "transformer_blocks.0.ff.net.2"}}  # fmt: skip
 
 
 def level_names(config: Config) -> dict[str, dict[str, str]]:
-    """What NAMES has for levels. CompVis numbers the decoder's levels from the image down, and the UNet's
-    blocks straight through."""
+    """NAMES for levels. CompVis counts the decoder's from the image down, and the UNet's blocks in one go."""
     vae, unet, last = {}, {}, len(config.vae_channels) - 1
     for i in range(last + 1):
         for j in range(config.vae_blocks + 1):
             vae[f"encoder.down.{i}.{j}"] = f"encoder.down.{i}.block.{j} encoder.down_blocks.{i}.resnets.{j}"
             vae[f"decoder.up.{i}.{j}"] = f"decoder.up.{last - i}.block.{j} decoder.up_blocks.{i}.resnets.{j}"
-        down, up = f"encoder.down.{i}.{config.vae_blocks + 1}", f"decoder.up.{i}.{config.vae_blocks + 1}"
-        vae[down] = f"encoder.down.{i}.downsample.conv encoder.down_blocks.{i}.downsamplers.0.conv"
-        vae[up] = f"decoder.up.{last - i}.upsample decoder.up_blocks.{i}.upsamplers.0"
+        down = f"encoder.down.{i}.downsample.conv encoder.down_blocks.{i}.downsamplers.0.conv"
+        vae[f"encoder.down.{i}.{j + 1}"] = down
+        vae[f"decoder.up.{i}.{j + 1}"] = f"decoder.up.{last - i}.upsample decoder.up_blocks.{i}.upsamplers.0"
     for i, attention in enumerate(reversed(config.unet_attention)):
         for j in range(config.unet_blocks + 1):
             n = i * (config.unet_blocks + 1) + j
-            unet[f"down.{i}.{j}.residual"] = f"input_blocks.{n + 1}.0 down_blocks.{i}.resnets.{j}"
-            unet[f"down.{i}.{j}.transformer"] = f"input_blocks.{n + 1}.1 down_blocks.{i}.attentions.{j}"
-            unet[f"up.{i}.{j}.residual"] = f"output_blocks.{n}.0 up_blocks.{i}.resnets.{j}"
-            unet[f"up.{i}.{j}.transformer"] = f"output_blocks.{n}.1 up_blocks.{i}.attentions.{j}"
+            for k, (ours, theirs) in enumerate([("residual", "resnets"), ("transformer", "attentions")]):
+                unet[f"down.{i}.{j}.{ours}"] = f"input_blocks.{n + 1}.{k} down_blocks.{i}.{theirs}.{j}"
+                unet[f"up.{i}.{j}.{ours}"] = f"output_blocks.{n}.{k} up_blocks.{i}.{theirs}.{j}"
         unet[f"downsample.{i}"] = f"input_blocks.{n + 1}.0.op down_blocks.{i}.downsamplers.0.conv"
         unet[f"upsample.{i}"] = f"output_blocks.{n}.{1 + attention} up_blocks.{i}.upsamplers.0"
     return {"text_encoder": {}, "vae": vae, "unet": unet}
 
 
 def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[str, str]:
-    """Each of our names -> the name with a dialect's words; the longest of ours counts"""
+    """Each of our names -> the name with a dialect's words; the longest match counts"""
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
     word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.|$)")
     return {name: word.sub(lambda match: words[match[0]].split()[dialect], name) for name in names}
@@ -868,13 +849,11 @@ def names_in(dialect: int, model: StableDiffusion) -> dict[str, str]:
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-}  # fmt: skip
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 
 
 def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tensors and metadata of a .safetensors file: 8 bytes for the length of the header, the header in
-    JSON, then the bytes of the tensors without gaps."""
+    """Tensors and metadata of a .safetensors file: the header's length (8 bytes), the header, the tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     metadata = header.pop("__metadata__", {})
@@ -909,23 +888,18 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 class Placeholder:
     """Stands for objects of training frameworks, which a .ckpt may hold beside its tensors; does nothing."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    __setstate__ = __init__
+    __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
 def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors in a file of torch.save, and its strings as metadata. No code of the file is run."""
     mapped, foreign = False, []
     if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # a map of compressed records would be read as numbers
-            mapped = all(record.compress_type == zipfile.ZIP_STORED for record in archive.infolist())
+        with zipfile.ZipFile(path) as archive:  # PyTorch misreads a compressed record or .safetensors mapped
+            mapped = path.suffix != ".safetensors" and not any(r.compress_type for r in archive.infolist())
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    mapped = mapped and path.suffix != ".safetensors"  # which PyTorch does not take for a pickle
-    source = str(path) if mapped else io.BytesIO(path.read_bytes())
-    with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
-        content = torch.load(source, map_location="cpu", weights_only=True, mmap=mapped)
+    with open(path, "rb") as file, torch.serialization.safe_globals([(Placeholder, x) for x in foreign]):
+        content = torch.load(str(path) if mapped else file, "cpu", weights_only=True, mmap=mapped)
     metadata = {name: value for name, value in content.items() if isinstance(value, str)}
     return dict(content.get("state_dict", content)), metadata
 
@@ -965,22 +939,17 @@ def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[mmap.mma
 
 
 DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_dim is the number of heads
+    "scheduler": {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"},
     "text_encoder": {
         "vocab_size": "vocab_size", "max_position_embeddings": "text_length", "hidden_size": "text_dim",
-        "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads",
-    },
+        "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads"},
     "vae": {
-        "block_out_channels": "vae_channels", "layers_per_block": "vae_blocks",
-        "norm_num_groups": "norm_groups", "latent_channels": "latent_channels",
-        "scaling_factor": "latent_scale",
-    },
+        "layers_per_block": "vae_blocks", "norm_num_groups": "norm_groups", "scaling_factor": "latent_scale",
+        "block_out_channels": "vae_channels", "latent_channels": "latent_channels"},
     "unet": {
         "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks",
         "attention_head_dim": "unet_heads", "norm_num_groups": "norm_groups",
-        "cross_attention_dim": "text_dim", "down_block_types": "unet_attention",
-    },
-    "scheduler": {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"},
-}  # fmt: skip
+        "cross_attention_dim": "text_dim", "down_block_types": "unet_attention"}}  # fmt: skip
 
 
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
@@ -989,9 +958,8 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     tensors, fields, maps = {}, {}, []  # type: ignore[var-annotated]
     for part in PREFIXES:
-        files = [path / part / (stem + suffix) for suffix in suffixes for stem in stems]
-        files = [file for file in files if file.is_file()]
-        check(f"{part}/", "without weights", len(files) > 0, "part of a whole diffusers folder")
+        files = [file for end in suffixes for stem in stems if (file := path / part / (stem + end)).is_file()]
+        check(f"{part}/", "without weights", files, "part of a whole diffusers folder")
         found, _, data = read_file(files[0])
         tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
         maps += data
@@ -1000,20 +968,16 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
         settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if "down_block_types" in settings and part == "unet":
             settings["down_block_types"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
-        for theirs in names.keys() & settings.keys():
-            value, ours = settings[theirs], names[theirs]
-            same = fields.setdefault(ours, value) == value
-            check(f"{part}'s {theirs}", value, same, f"{fields[ours]}, as for another part")
+        for name, value in settings.items():
+            first = fields.setdefault(names[name], value) if name in names else value
+            check(f"{part}'s {name}", value, value == first, f"{first}, as for another part")
     return tensors, fields, maps
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Any], Config, list[mmap.mmap]]:
     """The tensors of a file or folder under the names of today, its Config, and the maps."""
-    if path.is_dir():
-        tensors, fields, maps = read_folder(path)
-    else:
-        tensors, metadata, maps = read_file(path)
-        fields = json.loads(metadata.get(CONFIG_KEY, "{}"))
+    tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
+    fields = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
     for name, tensor in tensors.items() if path.is_dir() or not fields else []:
         name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
         for family, pattern in FAMILIES.items():
@@ -1026,25 +990,20 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Config, list[mmap.mmap]
 def load(
     path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False
 ) -> StableDiffusion:
-    """A model from a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder.
-
-    With `offload`, each of its three parts is on `device` only while it runs. Weights that need no conversion
-    stay in the file, mapped. Raises OSError or ValueError.
-    """
+    """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. With
+    `offload`, each part of the model is on `device` only while it runs. Raises OSError or ValueError."""
     path = Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     try:
         tensors, config, maps = read_checkpoint(path)
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
+        if isinstance(error, MemoryError) or "allocate" in str(error):
+            raise
         reason = re.split(r"\. | Check ", one_line(error).rpartition("WeightsUnpickler error: ")[2])[0]
-        advice = "use a whole Stable Diffusion v1 checkpoint, or download it again"
-        raise ValueError(f"{path}: {reason}; {advice}") from error
-    try:
-        with torch.device("meta"):
-            model = StableDiffusion(config)
-    except ImportError as error:
-        raise ValueError(f"{path}: it has BERT in CLIP's place; put weights/bert.py beside sd.py") from error
+        raise ValueError(f"{path}: {reason}; use another checkpoint, or download it again") from error
+    with torch.device("meta"):
+        model = StableDiffusion(config)
     target, home = model.state_dict(), torch.device("cpu" if offload else device)
     state, wrong = {}, []
     for name, theirs in names_in(DIFFUSERS if path.is_dir() else COMPVIS, model).items():
@@ -1081,9 +1040,8 @@ def save(model: StableDiffusion, path: str | Path) -> None:
     tensors = {position_ids: torch.arange(model.config.text_length)[None]}
     for name, theirs in names_in(COMPVIS, model).items():
         tensor = model.get_parameter(name).detach()
-        if tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name):  # 1x1 convolutions in CompVis
-            tensor = tensor[:, :, None, None]
-        tensors[theirs] = tensor
+        convolution = tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name)  # 1x1, in CompVis
+        tensors[theirs] = tensor[:, :, None, None] if convolution else tensor
     write_safetensors(path, tensors, {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))})
 
 
@@ -1093,8 +1051,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
     dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        dtype, shape = dtypes[tensor.dtype], list(tensor.shape)
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # aligns the tensors
     with atomic_write(Path(path).expanduser()) as file:
@@ -1110,15 +1067,12 @@ FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options for an image; raises ValueError."""
-    usage = "python sd.py --prompt TEXT [options]"
-    parser = argparse.ArgumentParser(usage=usage, allow_abbrev=False, exit_on_error=False)
-    option = parser.add_argument
+    parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
+    parser.usage, option = "python sd.py --prompt TEXT [options]", parser.add_argument
     option("--prompt", metavar="TEXT", help="what to generate an image of")
     option("--negative", metavar="TEXT", default="", help="what to avoid")
     option("--weights", metavar="PATH", default=DEFAULT_WEIGHTS, type=Path, help="checkpoint (emoji model)")
-    option(
-        "--out", metavar="FILE", default=Path("out.png"), type=Path, help="or a free name like it (out.png)"
-    )
+    option("--out", metavar="FILE", default="out.png", type=Path, help="or a free name like it (out.png)")
     option("--steps", metavar="N", default=50, type=int, help="denoising steps, 1 to 1000 (50)")
     option("--guidance", metavar="G", default=7.5, type=float, help="how closely to follow the prompt (7.5)")
     option("--sampler", metavar="S", default="ddpm", choices=SAMPLERS, help="ddpm, ddim or dpm++ (ddpm)")
@@ -1141,12 +1095,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the fastest one; ValueError if it is not there."""
-    if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or fastest
     try:
         torch.zeros(1, device=name).item()
     except Exception as error:  # PyTorch raises many kinds
-        raise ValueError(f"device {name} is not there: {one_line(error)}; try --device cpu") from error
+        raise ValueError(f"device {name} is not available: {one_line(error)}; try --device cpu") from error
     return torch.device(name)
 
 
@@ -1161,7 +1115,7 @@ def reuse_memory() -> None:
 def claim(path: Path) -> Path:
     """Creates the first of out.png, out-1.png, ... that does not exist, so that no other process takes it."""
     for i in count():
-        name = path.with_stem(f"{path.stem}-{i}") if i else path
+        name = path.expanduser().with_stem(f"{path.stem}-{i}" if i else path.stem)
         with suppress(FileExistsError):
             name.touch(exist_ok=False)
             break
@@ -1169,11 +1123,10 @@ def claim(path: Path) -> Path:
 
 
 def save_image(image: Image.Image, path: str | Path) -> Path:
-    """Saves a PNG with the parameters of the image's `info`, as web UIs read them, under the first free name
-    like `path`, which it returns. Raises OSError."""
+    """Saves a PNG with the parameters in `info`; returns its name, the first free one like `path`."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", image.info.get("parameters", ""))
-    name = claim(Path(path).expanduser())
+    name = claim(Path(path))
     try:
         with atomic_write(name) as file:
             image.save(file, "png", pnginfo=info)
@@ -1186,19 +1139,16 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
 def generate_files(arguments: list[str]) -> int:
     """Generates and saves images by the options of a command line; raises OSError or ValueError."""
     args = parse(arguments)
-    args.out = args.out.expanduser()
     valid = not re.search("[\ud800-\udfff]", args.prompt + args.negative)  # what Python makes of other bytes
-    check("a prompt", "not valid UTF-8", valid, "written anew")
+    check("a prompt", "not valid UTF-8", valid, "typed again")
     check("out", args.out, args.out.suffix.lower() == ".png", "a name that ends in .png")
-    claim(args.out).unlink()  # a folder that cannot be written to is told now, and not after an image
+    claim(args.out).unlink()  # reports an unwritable folder now, not after an image
     check("strength", "given", args.strength is None or args.image is not None, "used with an image only")
     args.strength = Settings.strength if args.strength is None else args.strength
-    args.image, args.mask = (
-        args.image and open_image(args.image),
-        args.mask and open_image(args.mask, "black"),
-    )
+    args.image = args.image and open_image(args.image)
+    args.mask = args.mask and open_image(args.mask, background="black")
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    replace(settings).resolve(Config())  # tells mistakes before weights are loaded
+    replace(settings).resolve(Config())  # reports most mistakes before loading
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     with warnings.catch_warnings(record=True) as notes:
@@ -1208,7 +1158,7 @@ def generate_files(arguments: list[str]) -> int:
             warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
         side, area = model.config.image_size, settings.width * settings.height
         if not 0.25 <= area / side**2 <= 2.25:
-            warnings.warn(f"the model was made for images of about {side}x{side} pixels", stacklevel=1)
+            warnings.warn(f"the model was trained on images of about {side}x{side} pixels", stacklevel=1)
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {settings.width}x{settings.height}, "
     about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {settings.seed}"
     print(about, file=sys.stderr)
@@ -1223,9 +1173,7 @@ def generate_files(arguments: list[str]) -> int:
     return 0
 
 
-def main(
-    run: Callable[[list[str]], int] = generate_files, program: str = "sd.py", smaller: str = "size, --offload"
-) -> int:
+def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = "size, --offload") -> int:
     """Runs a command line; returns its exit status: 0, 2 after a user's mistake, 130 when interrupted."""
     reuse_memory()
     warnings.showwarning = lambda message, *_: print(f"{program}: note: {one_line(message)}", file=sys.stderr)
@@ -1234,7 +1182,8 @@ def main(
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, argparse.ArgumentError) as error:
-        wrong = one_line(error)
+        place = getattr(error, "filename", None)
+        wrong = f"{place}: {one_line(error)}" if place else one_line(error)
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"

@@ -74,6 +74,7 @@ def write_zip(path: Path, tensors) -> None:
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0123abcd' * 8}\nsize 4265380512\n"
 PAGE = "\n  <!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>\n" * 100
 QUANT, IN, OUT = f"{VAE}quant_conv.weight", f"{UNET}input_blocks.0.0.weight", f"{UNET}out.2.bias"
+CONTEXT = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 AGAIN = "download it again"
 NO_CHECKPOINTS = {
     "missing": (lambda path, t: None, "no such file"),
@@ -98,6 +99,9 @@ NO_CHECKPOINTS = {
     "misshapen tensor": (
         lambda path, t: SAVE["safetensors"](t | {QUANT: torch.zeros(12, 9, 1, 1)}, path),
         rf"{QUANT}.*\(12, 9, 1, 1\).*\(12, 12, 1, 1\)",
+    ),
+    "transposed tensor": (
+        lambda path, t: SAVE["zip"](t | {CONTEXT: t[CONTEXT].mT}, path), r"\(32, 8\).*\(8, 32\)"
     ),
     "number for a name": (lambda path, t: torch.save({1: t[OUT]}, path), AGAIN),
     "code for a tensor": (lambda path, t: SAVE["zip"](t | {QUANT: Call(os.mkdir, "trace")}, path), "posix"),
@@ -124,8 +128,7 @@ def controlnet() -> dict[str, torch.Tensor]:
     ).state_dict()  # fmt: skip
 
 
-LORA, CONTEXT = torch.zeros(4, 320), f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+LORA, LAYER = torch.zeros(4, 320), "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 KOHYA = "lora_unet_" + LAYER.replace(".", "_")
 FAMILIES = [
     ("Stable Diffusion XL", lambda t: without(t, CLIP) | {

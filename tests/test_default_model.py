@@ -12,8 +12,10 @@ from safetensors import safe_open
 
 import sd
 
-NAMED = [("red apple", "white"), ("slice of pizza", "green"), ("grinning face", "blue"), ("dog face", "pink"),
-         ("red heart", "yellow"), ("man cook", "turquoise"), ("octopus", "gray"), ("snowman", "purple")]  # fmt: skip
+NAMED = [
+    ("red apple", "white"), ("slice of pizza", "green"), ("grinning face", "blue"), ("dog face", "pink"),
+    ("red heart", "yellow"), ("man cook", "turquoise"), ("octopus", "gray"), ("snowman", "purple"),
+]  # fmt: skip
 needs_font = pytest.mark.skipif(
     not emoji.installed(emoji.FONT).is_file() or not emoji.installed(emoji.NAMES).is_file(),
     reason="fonts-noto-color-emoji and unicode-data are not installed, and `make emoji` has not fetched them",
@@ -48,7 +50,7 @@ def test_emoji_are_those_named(images):
     for (name, color), image in zip(NAMED, images):
         known = {other: small(emoji.draw(one, color, font)) for one, other in names.items()}
         assert name in known
-        right += name == min(known, key=lambda other: ((known[other] - small(image)) ** 2).sum())  # noqa: B023
+        right += name == min(known, key=lambda other: ((known[other] - small(image)) ** 2).sum())
     assert right >= 6
 
 

@@ -2,19 +2,21 @@
 
 import contextlib
 import copy
+import fcntl
 import io
 import json
 import math
 import os
 import pty
-import random
 import re
 import resource
 import runpy
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -44,18 +46,19 @@ CAPTIONS = {
 }  # fmt: skip
 HELD_OUT = {"orange.png": ["an orange thing", "orange"], "pink.png": ["a pink thing"], "lime.png": ["lime"]}
 PROMPTS = ["a red thing", "a blue thing", "a thing"]
-OPTIONS = ["--steps", 60, "--save-every", 10, "--sample-every", 30, "--lr", 2e-2, "--warmup", 10,
+OPTIONS = ["--steps", 40, "--save-every", 10, "--sample-every", 20, "--lr", 2e-2, "--warmup", 5,
            "--ema", 0.8, "--batch-size", 8, "--flip"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
     """Sums are the same to the bit only where they are split in the same way."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")
+        yield
     torch.set_num_threads(threads)
 
 
@@ -81,6 +84,11 @@ def write_data(folder: Path, captions: dict[str, list[str]], seed: int = 0) -> P
         photograph(seed + i, 16 + 5 * i, 24).save(folder / name)
     write_jsonl(folder, captions)
     return folder
+
+
+def tiny(**fields) -> str:
+    """The tiny Config with other fields, for --config."""
+    return json.dumps(TINY | fields)
 
 
 def tiny_model(seed: int = 0) -> sd.StableDiffusion:
@@ -133,25 +141,24 @@ def files_of(out: Path) -> dict[str, bytes]:
     return {suffix: data for suffix, data in files.items() if suffix != ".state"}
 
 
-def run_here(*options) -> subprocess.CompletedProcess:
+def run_here(*options, status: int | None = None) -> subprocess.CompletedProcess:
     """`python weights/train.py ...` in this process."""
-    stdout, stderr, argv, status = io.StringIO(), io.StringIO(), sys.argv, None
-    redirected = contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr)
+    stdout, stderr, argv, code = io.StringIO(), io.StringIO(), sys.argv, None
+    device = [] if "--device" in options else ["--device", "cpu"]
     try:
-        sys.argv = [str(TRAIN), *map(str, options), *([] if "--device" in options else ["--device", "cpu"])]
-        with redirected[0], redirected[1], warnings.catch_warnings():
+        sys.argv = [str(TRAIN), *map(str, options), *device]
+        with (
+            contextlib.redirect_stdout(stdout),
+            contextlib.redirect_stderr(stderr),
+            warnings.catch_warnings(),
+        ):
             runpy.run_path(str(TRAIN), run_name="__main__")
     except SystemExit as exit:
-        status = exit.code
+        code = exit.code
     finally:
         sys.argv = argv
-    return subprocess.CompletedProcess(options, status, stdout.getvalue(), stderr.getvalue())
-
-
-def train_here(*options, status: int = 0) -> None:
-    """The same from Python, where a test may put another objective in place."""
-    with warnings.catch_warnings():
-        assert train.train(train.parse([*map(str, options), "--device", "cpu"])) == status
+    assert status is None or code == status, stderr.getvalue()
+    return subprocess.CompletedProcess(options, code, stdout.getvalue(), stderr.getvalue())
 
 
 def start(*options, launcher: tuple = (), **process_options) -> subprocess.Popen:
@@ -230,7 +237,7 @@ def vae_options(data, held_out) -> list:
 def vae(vae_options, tmp_path_factory) -> Path:
     """A model with a trained VAE."""
     out = tmp_path_factory.mktemp("vae") / "vae.safetensors"
-    check_progress(run_here(*vae_options, "--out", out), [10, 20, 30, 40, 50, 60], 60)
+    check_progress(run_here(*vae_options, "--out", out), [10, 20, 30, 40], 40)
     return out
 
 
@@ -247,7 +254,7 @@ def unet_options(data, held_out, vae) -> list:
 def unet(unet_options, tmp_path_factory) -> Path:
     """The same model with a trained UNet."""
     out = tmp_path_factory.mktemp("unet") / "unet.safetensors"
-    check_progress(run_here(*unet_options, "--out", out), [10, 20, 30, 40, 50, 60], 60)
+    check_progress(run_here(*unet_options, "--out", out), [10, 20, 30, 40], 40)
     return out
 
 
@@ -303,11 +310,13 @@ def test_linked_folders_and_equal_names(tmp_path):
 
 
 def test_shorter_side_is_resized(tmp_path):
-    file, sizes = (
-        tmp_path / "a.png",
-        {(32, 48): (16, 24), (50, 33): (24, 16), (7, 9): (16, 21), (16, 40): (16, 40)},
-    )
-    for size, resized in sizes.items():
+    file = tmp_path / "a.png"
+    for size, resized in (
+        ((32, 48), (16, 24)),
+        ((50, 33), (24, 16)),
+        ((7, 9), (16, 21)),
+        ((16, 40), (16, 40)),
+    ):
         photograph(1, *size).save(file)
         [(path, tensor)] = objectives.read_pixels([file], 16)
         expected = photograph(1, *size).resize(resized, Image.Resampling.LANCZOS)
@@ -341,32 +350,25 @@ def coded(height: int, width: int) -> torch.Tensor:
     return torch.stack([down, right, torch.full_like(down, 7)]).to(torch.uint8)
 
 
-def save_coded(file: Path, height: int, width: int) -> None:
-    Image.fromarray(coded(height, width).permute(1, 2, 0).numpy()).save(file)
-
-
 def test_crop():
     image = coded(20, 50)
     assert objectives.crop(image, 16).equal(image[:, 2:18, 17:33])
-    for place, top, left in [
-        ((0.5, 0.5), 2, 17), ((0, 0), 0, 0), ((1, 1), 4, 34), ((0.25, 0.5), 1, 17), ((1, 0), 4, 0),
-    ]:  # fmt: skip
+    places = {(0.5, 0.5): (2, 17), (0, 0): (0, 0), (1, 1): (4, 34), (0.25, 0.5): (1, 17), (1, 0): (4, 0)}
+    for place, (top, left) in places.items():
         assert objectives.crop(image, 16, *place).equal(image[:, top : top + 16, left : left + 16])
 
 
-@pytest.fixture(scope="module")
-def coded_data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("coded") / "data"
-    folder.mkdir()
-    save_coded(folder / "tall.png", 36, 16)
-    save_coded(folder / "wide.png", 16, 40)
-    write_jsonl(folder, {"wide.png": ["wide"], "tall.png": ["tall"]})
-    return folder
-
-
 @pytest.mark.parametrize("flip", [False, True])
-def test_vae_trains_on_random_crops(coded_data, flip):
-    images, noise = draw(reconstruction(coded_data, flip=flip), 2000)
+def test_vae_trains_on_random_crops(data, flip):
+    objective = reconstruction(data, flip=flip)
+    assert {tuple(image.shape) for image in objective.examples} == {
+        (3, 24, 16),
+        (3, 18, 16),
+        (3, 16, 17),
+        (3, 16, 21),
+    }
+    objective.examples = [coded(40, 50)]  # longer than the crop both ways
+    images, noise = draw(objective, 2000)
     assert images.shape == (2000, 3, 16, 16) and noise.shape == (2000, 4, 8, 8)
     crops = ((images + 1) * 127.5).round().to(torch.uint8)
     assert (crops / 127.5 - 1).equal(images)
@@ -376,34 +378,27 @@ def test_vae_trains_on_random_crops(coded_data, flip):
     corners = crops[:, :2, 0, 0].long()  # (B, 2)
     for image, (top, left) in zip(crops, corners.tolist()):
         assert image.equal(coded(40, 50)[:, top : top + 16, left : left + 16])
-    for axis, last in ((0, 20), (1, 24)):  # of the tall image and of the wide one
-        places = corners[corners[:, axis] > 0, axis]
-        assert abs(len(places) / 2000 - 0.5 * last / (last + 1)) < 0.05
-        assert set(places.tolist()) == set(range(1, last + 1))
-        assert abs(places.float().mean() - last / 2) < 1.2
-    assert (corners.amin(dim=1) == 0).all()
+    for axis, last in ((0, 24), (1, 34)):
+        assert set(corners[:, axis].tolist()) == set(range(last + 1))
+        assert abs(corners[:, axis].float().mean() - last / 2) < 1
+    assert abs(torch.corrcoef(corners.float().T)[0, 1]) < 0.1
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs(torch.corrcoef(noise.flatten(1)[:, :20].T).fill_diagonal_(0)).max() < 0.12
 
 
-def test_crops_are_placed_independently_in_both_directions(coded_data):
-    objective = reconstruction(coded_data)
-    objective.examples = [coded(40, 50)]  # longer than the crop both ways
-    images, _ = draw(objective, 2000)
-    corners = ((images[:, :2, 0, 0] + 1) * 127.5).T
-    assert abs(torch.corrcoef(corners)[0, 1]) < 0.1 and corners.amax(1).round().tolist() == [24, 34]
-
-
 @pytest.mark.parametrize("flip", [False, True])
-def test_unet_trains_on_the_middle_of_images(coded_data, flip):
-    model = tiny_model()
-    objective = noise_prediction(coded_data, model, flip=flip)
+def test_unet_trains_on_the_middle_of_images(tmp_path, flip):
+    model, images = tiny_model(), {"wide": (16, 40), "tall": (36, 16)}
+    for name, shape in images.items():
+        Image.fromarray(coded(*shape).permute(1, 2, 0).numpy()).save(tmp_path / f"{name}.png")
+    write_jsonl(tmp_path, {f"{name}.png": [name, f"{name} thing"] for name in images})
     expected = []
     for name, image in {"wide": coded(16, 40)[:, :, 12:28], "tall": coded(36, 16)[:, 10:26]}.items():
         for version in [image, image.flip(-1)] if flip else [image]:
             with torch.no_grad():
                 moments = torch.cat(model.vae.encode(version[None] / 127.5 - 1), dim=1)[0]
-            expected.append((moments, [model.tokenizer(name)]))
+            expected.append((moments, [model.tokenizer(text) for text in (name, f"{name} thing")]))
+    objective = noise_prediction(tmp_path, model, flip=flip)
     for (moments, ids), (wanted, wanted_ids) in zip(objective.examples, expected, strict=True):
         torch.testing.assert_close(moments, wanted, rtol=1e-5, atol=1e-5)
         assert ids.tolist() == wanted_ids
@@ -489,28 +484,18 @@ def test_timesteps_are_uniform(data):
     assert abs(counts[0] - 20) < 20 and abs(counts[999] - 20) < 20
 
 
-@pytest.mark.parametrize("flip", [False, True])
-def test_latents_are_scaled_samples_of_the_captioned_image(data, flip):
-    objective = noise_prediction(data, drop_text=0.0, flip=flip)
-    model = objective.model
-    assert model.config.latent_scale == 0.18215
+def test_latents_are_scaled_samples_from_the_moments_of_the_captioned_image(data):
+    objective = noise_prediction(data, drop_text=0.0)
+    assert objective.model.config.latent_scale == 0.18215
     latents, noise, _, ids = draw(objective, 12_000, seed=5)
     assert latents.shape == noise.shape == (12_000, 4, 8, 8)
-    latents = latents / 0.18215
-    for name, texts in CAPTIONS.items():
-        image = Image.open(data / name)
-        image = image.resize([round(size * 16 / min(image.size)) for size in image.size], Image.LANCZOS)
-        top, left = (image.height - 16) // 2, round((image.width - 16) / 2)
-        square = sd.to_tensor(image.crop((left, top, left + 16, top + 16)))
-        with torch.no_grad():
-            mean, logvar = model.vae.encode(torch.cat([square, square.flip(-1)] if flip else [square]))
-        texts = torch.tensor([model.tokenizer(text) for text in texts])
-        mine = latents[(ids[:, None] == texts).all(-1).any(-1)]
+    for moments, captions in objective.examples:
+        mean, logvar = moments.chunk(2)
+        mine = latents[(ids[:, None] == captions).all(-1).any(-1)] / 0.18215
         assert abs(len(mine) - 3000) < 250
-        error = logvar.exp().mean(0).sqrt() / len(mine) ** 0.5
-        assert (abs(mine.mean(0) - mean.mean(0)) / error).max() < 6
-        variance = logvar.exp().mean(0) + mean.var(0, unbiased=False)
-        assert (mine.var(0) / variance - 1).abs().max() < 0.2
+        error = logvar.exp().sqrt() / len(mine) ** 0.5
+        assert (abs(mine.mean(0) - mean) / error).max() < 6
+        assert (mine.var(0) / logvar.exp() - 1).abs().max() < 0.2
     assert abs(noise.mean()) < 0.01 and abs(noise.std() - 1) < 0.01
     assert abs(torch.corrcoef(torch.stack([noise.flatten(), latents.flatten()]))[0, 1]) < 0.01
     assert abs(torch.corrcoef(noise.flatten(1)[:, :20].T).fill_diagonal_(0)).max() < 0.06
@@ -549,35 +534,21 @@ def test_only_the_part_that_is_trained_has_gradients(data):
         assert {part for part, total in parts.items() if total > 0} == trained
 
 
-def test_latent_scale_brings_latents_to_unit_variance(vae, data):
-    """On crops that are drawn here."""
-    model, place, crops = sd.load(vae), random.Random(7), []
-    for name in CAPTIONS:
-        image = Image.open(data / name)
-        size = [round(length * 16 / min(image.size)) for length in image.size]
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        for _ in range(50):
-            left, top = (place.randint(0, length - 16) for length in size)
-            square = sd.to_tensor(image.crop((left, top, left + 16, top + 16)))
-            crops.append(square.flip(-1) if place.random() < 0.5 else square)
-    with torch.no_grad():
-        latents = model.encode(torch.cat(crops), torch.randn(200, 4, 8, 8, generator=seeded(8)))
-    assert latents.std().item() == pytest.approx(1, abs=0.04)
-    assert abs(model.config.latent_scale - 0.18215) > 0.05
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_latent_scale_is_measured_on_the_same_samples_at_each_save(data, flip):
-    """Noise is a large part of the samples in a VAE that is not trained."""
-    objective = reconstruction(data, flip=flip)
-    objective.finish()
-    first = objective.model.config.latent_scale
+@pytest.mark.parametrize("trained", [False, True])
+def test_latent_scale_brings_latents_to_unit_variance(trained, vae, data):
+    """Measured on samples, of which noise is a large part in an untrained VAE; the same at each save."""
+    model = sd.load(vae) if trained else tiny_model()
+    objective = train.Reconstruction(model, settings(data, flip=True), train.find_images(data))
+    if not trained:
+        objective.finish()
+    scale = model.config.latent_scale
     with torch.no_grad():
         images, noise = draw(objective, 500, seed=9)
-        sampled, mean = objective.model.encode(images, noise), objective.model.encode(images)
-    assert sampled.std().item() == pytest.approx(1, abs=0.05) and mean.std() < 0.7
+        sampled, mean = model.encode(images, noise), model.encode(images)
+    assert sampled.std().item() == pytest.approx(1, abs=0.05) and abs(scale - 0.18215) > 0.05
+    assert trained or mean.std() < 0.7
     objective.finish()
-    assert objective.model.config.latent_scale == first
+    assert model.config.latent_scale == scale
 
 
 # ----------------------------------------------------------------------------------------------- optimization
@@ -627,13 +598,13 @@ OPTIMIZER = {"lr": 0.02, "warmup": 4, "steps": 9, "weight_decay": 0.7, "clip": 0
 def test_training_follows_the_formulas(part, data, config, tmp_path, monkeypatch):
     """Nine steps of three batches, against AdamW (Loshchilov and Hutter 2017, alg. 2) written out."""
     read, plain = train.OBJECTIVES[part]
-    monkeypatch.setitem(train.OBJECTIVES, part, (read, type("Recorded", (Recorded, plain), {})))
+    monkeypatch.setattr(objectives, plain.__name__, type("Recorded", (Recorded, plain), {}))
     lr, warmup, _, weight_decay, clip, ema = OPTIMIZER.values()
     options = [word for name, value in OPTIMIZER.items() for word in (f"--{name.replace('_', '-')}", value)]
     options += ["--min-snr", 5, "--train-text-encoder"] if part == "unet" else []
     out = tmp_path / "a.safetensors"
     options += ["--part", part, "--config", config, "--out", out, "--accumulate", 3, "--batch-size", 2]
-    train_here(data, *options, "--seed", 5)
+    run_here(data, *options, "--seed", 5, status=0)
 
     batches, model = Recorded.batches, Recorded.before
     assert len({drawn[1].numpy().tobytes() for drawn in batches}) == len(batches) == 27  # no two alike
@@ -670,7 +641,8 @@ def test_training_follows_the_formulas(part, data, config, tmp_path, monkeypatch
     for (name, weight), own in zip(named.items(), state["weights"], strict=True):
         for theirs, ours in ((average[name], saved[name]), (weight.detach(), own.detach())):
             change = (theirs - start[name]).norm()
-            assert (ours - theirs).norm() <= 2e-3 * change + 1e-7, name
+            rounding = 1e-4 if name.endswith("k.bias") else 1e-7  # the gradient of k.bias is nothing else
+            assert (ours - theirs).norm() <= 2e-3 * change + rounding, name
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in named}
     assert others and all(saved[name].equal(tensor) for name, tensor in others.items())
     if part == "unet":
@@ -679,21 +651,24 @@ def test_training_follows_the_formulas(part, data, config, tmp_path, monkeypatch
         assert rows.sum() > 500 and saved[unused][rows].equal(start[unused][rows])
 
 
-def test_only_weights_of_layers_decay(data):
-    objectives = [noise_prediction(data, train_text_encoder=True, weight_decay=0.3)]
-    for objective in [*objectives, reconstruction(data, weight_decay=0.3)]:
-        trainer = train.Trainer(objective, objective.settings)
-        names = {id(weight): name for name, weight in objective.model.named_parameters()}
-        groups = trainer.optimizer.param_groups
-        decay = {names[id(weight)]: group["weight_decay"] for group in groups for weight in group["params"]}
-        wanted = {name: 0.3 * decays for name, decays in decays(objective.model).items() if name in decay}
-        assert decay == wanted and set(decay.values()) == {0.0, 0.3}
-        assert len(decay) == sum(weight.requires_grad for weight in objective.parameters())
-
-
 def test_without_ema_the_weights_themselves_are_saved(data, vae, tmp_path):
     out = tmp_path / "a.safetensors"
-    train_here(data, "--init", vae, "--steps", 3, "--batch-size", 2, "--out", out, "--ema", 0, "--warmup", 0)
+    run_here(
+        data,
+        "--init",
+        vae,
+        "--steps",
+        3,
+        "--batch-size",
+        2,
+        "--out",
+        out,
+        "--ema",
+        0,
+        "--warmup",
+        0,
+        status=0,
+    )
     saved = sd.load(out).unet.state_dict().values()
     state = torch.load(out.with_suffix(".state"), weights_only=True)
     assert all(weight.equal(tensor) for weight, tensor in zip(state["weights"], saved, strict=True))
@@ -706,7 +681,7 @@ def test_bf16(part, data, config, tmp_path):
         out = tmp_path / f"{dtype}.safetensors"
         # The UNet's last layer starts at zero: after smaller steps both dtypes can round to the same losses.
         options = ["--part", part, "--config", config, "--steps", 4, "--batch-size", 4, "--lr", 1e-3]
-        train_here(data, *options, "--warmup", 0, "--dtype", dtype, "--out", out)
+        run_here(data, *options, "--warmup", 0, "--dtype", dtype, "--out", out, status=0)
         losses[dtype], _ = table(out)
         assert {tensor.dtype for tensor in sd.load(out).state_dict().values()} == {torch.float32}
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02) and losses["bf16"] != losses["fp32"]
@@ -715,84 +690,71 @@ def test_bf16(part, data, config, tmp_path):
 @pytest.mark.parametrize("part, share", [("vae", 0.7), ("unet", 0.7)])
 def test_loss_falls(part, share, request):
     losses, validation = table(request.getfixturevalue(part))
-    assert len(losses) == 60 and len(set(losses)) > 50
-    assert np.mean(losses[-20:]) < share * np.mean(losses[:3])
-    assert validation[60] < validation[10]
+    assert len(losses) == 40 and len(set(losses)) > 35
+    assert np.mean(losses[-10:]) < share * np.mean(losses[:3])
+    assert validation[40] < validation[10]
 
 
-def test_checkpointing_is_exact_and_keeps_less(data, config, tmp_path):
-    model, kept = tiny_model(), {}
+@pytest.mark.parametrize("part, share", [("vae", 0.8), ("unet", 0.5)])
+def test_checkpointing_is_exact_and_keeps_less(part, share, data):
+    gradients, sizes = [], []
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        sizes[-1] += tensor.nbytes
+        return tensor
+
     for checkpointing in (False, True):
-        if checkpointing:
-            train.checkpoint_blocks(model)
-        for objective in (
-            noise_prediction(data, model),
-            train.Reconstruction(model, settings(data), [data / "red.png"]),
-        ):
-            sizes = []
-            with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.nbytes) or x, lambda x: x):
-                objective(*draw(objective, 4)).backward()
-            kept[type(objective).__name__, checkpointing] = sum(sizes)
-    assert kept["NoisePrediction", True] < 0.5 * kept["NoisePrediction", False]
-    assert kept["Reconstruction", True] < 0.8 * kept["Reconstruction", False]
-
-    for part in ("vae", "unet"):
-        for more in ([], ["--checkpointing"]):
-            out = tmp_path / f"{part}{len(more)}" / "a.safetensors"
-            out.parent.mkdir()
-            options = ["--part", part, "--config", config, "--steps", 4, "--batch-size", 2, "--lr", 1e-2]
-            train_here(data, *options, "--out", out, *more)
-        assert files_of(tmp_path / f"{part}0" / "a.safetensors") == files_of(out)
+        options = {"part": part, "config": tiny(), "lr": 0.02, "warmup": 0, "checkpointing": checkpointing}
+        trainer = train.prepare(settings(data, device="cpu", **options))
+        trainer.update(trainer.backward(1))  # after which no branch is zero
+        sizes.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = trainer.backward(2)
+        gradients.append([torch.tensor(loss), *(weight.grad for weight in trainer.weights)])
+    assert all(one.equal(other) for one, other in zip(*gradients, strict=True))
+    assert sizes[1] < share * sizes[0]
 
 
 @pytest.mark.parametrize("part", ["vae", "unet"])
 def test_validation_loss(part, request, data, held_out, tmp_path):
     """That of the saved weights, on each held-out image once, not flipped and with captions."""
     out, options = request.getfixturevalue(part), request.getfixturevalue(f"{part}_options")
-    _, validation = table(out)
-    assert list(validation) == [10, 20, 30, 40, 50, 60]
+    losses, validation = table(out)
+    assert list(validation) == [10, 20, 30, 40]
     read, objective_class = train.OBJECTIVES[part]
-    objective = objective_class(sd.load(out), settings(data, flip=False, drop_text=0.0), read(held_out))
-    if part == "vae":
-        assert len(objective.examples) == 3
+    objective = objective_class(sd.load(out), settings(data, drop_text=0.0), read(held_out))
+    generator = seeded()
     with torch.no_grad():
-        loss = objective(*objective.draw(torch.arange(3), seeded())).item()
-    assert validation[60] == pytest.approx(loss, rel=1e-5)
+        loss = np.mean([objective(*objective.draw(torch.tensor([i]), generator)).item() for i in range(3)])
+    assert validation[40] == pytest.approx(loss, rel=1e-5)
 
-    begin = options.index("--validate")
-    without = tmp_path / out.name
-    shorter = ["--steps", 60, "--save-every", 60, "--sample-every", 0]
-    train_here(*options[:begin], *options[begin + 2 :], *shorter, "--out", without)
-    losses, validation = table(without)
-    assert (losses, validation) == (table(out)[0], {}) and without.read_bytes() == out.read_bytes()
+    begin, without = options.index("--validate"), tmp_path / out.name  # training is the same without
+    run_here(*options[:begin], *options[begin + 2 :], "--sample-every", 0, "--out", without, status=0)
+    assert table(without) == (losses, {}) and without.read_bytes() == out.read_bytes()
 
 
 def test_each_held_out_image_counts_once(held_out):
-    """Also where the last batch is smaller, and the same at every call."""
+    """With the same noise at every call, whatever the size of the batches."""
     for objective in (reconstruction(held_out), noise_prediction(held_out)):
-        totals, trainer = [], train.Trainer(objective, settings(held_out, batch_size=2), objective)
         generator = seeded()
-        for indices in (torch.tensor([0, 1]), torch.tensor([2])):
-            with torch.no_grad():
-                totals.append(objective(*objective.draw(indices, generator)).item() * len(indices))
-        assert trainer.validate() == trainer.validate() == pytest.approx(sum(totals) / 3, rel=1e-6)
+        with torch.no_grad():
+            losses = [objective(*objective.draw(torch.tensor([i]), generator)).item() for i in range(3)]
+        for batch_size in (1, 2, 3, 4, 2):
+            trainer = train.Trainer(objective, settings(held_out, batch_size=batch_size), objective)
+            assert trainer.validate() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_without_a_compiler_nothing_is_compiled(data, config, tmp_path, monkeypatch):
-    """Which shows, without the minute that it takes, that it would be."""
-    monkeypatch.setenv("CXX", "/nonexistent")
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # nothing is compiled already
-    out = tmp_path / "a.safetensors"
-    options = ["--config", config, "--out", out, "--steps", 1, "--batch-size", 1, "--compile"]
-    result = finish(start(data, *options))
-    message = r"cannot compile: .*/nonexistent.*; leave out --compile"
-    assert re.fullmatch(message, error_of(result) or ""), result.stderr
-    assert not out.exists()
+def test_objective_is_compiled(data):
+    """Which PyTorch is asked to refuse, as it takes a minute."""
+    options = settings(data, config=tiny(), steps=1, batch_size=1, device="cpu", compile=True)
+    refused = torch.compiler.set_stance("fail_on_recompile")
+    with refused, pytest.raises(RuntimeError, match="recompile.* function name: 'forward'"):
+        train.train(options)
 
 
 @pytest.mark.long
-def test_compiled_training_is_the_same(data, config, tmp_path):
-    losses = []
+def test_compiled_training_is_the_same(data, tmp_path):
+    losses, config = [], tiny(vae_channels=[8], unet_channels=[8], unet_attention=[True])
     for more in ([], ["--compile"]):
         out = tmp_path / f"{len(more)}.safetensors"
         options = ["--config", config, "--steps", 5, "--batch-size", 4, "--out", out]
@@ -846,9 +808,9 @@ def test_init_file_may_change_during_training(data, vae, tmp_path, monkeypatch):
                 file.write(bytes(init.stat().st_size))
             return super().draw(indices, generator)
 
-    monkeypatch.setitem(train.OBJECTIVES, "unet", (train.read_captions, Overwriting))
+    monkeypatch.setattr(objectives, "NoisePrediction", Overwriting)
     out = tmp_path / "a.safetensors"
-    train_here(data, "--init", init, "--out", out, "--batch-size", 1, "--steps", 1)
+    run_here(data, "--init", init, "--out", out, "--batch-size", 1, "--steps", 1, status=0)
     before, after = (sd.load(path).vae.state_dict() for path in (vae, out))
     assert all(after[name].equal(weight) for name, weight in before.items())
 
@@ -875,7 +837,7 @@ def tiles(file: Path, count: int, side: int = 16) -> list[Image.Image]:
 
 def test_sheets_of_the_unet_show_the_prompts(unet):
     """Drawn with the averaged weights; at the last step these are the ones that are saved."""
-    early, late = unet.with_suffix(".30.png"), unet.with_suffix(".60.png")
+    early, late = unet.with_suffix(".20.png"), unet.with_suffix(".40.png")
     assert Image.open(early).size == (128, 16) and pixels(early).tolist() != pixels(late).tolist()
     model, drawn = sd.load(unet), tiles(late, 3)
     for prompt, tile in zip(PROMPTS, drawn):
@@ -886,8 +848,8 @@ def test_sheets_of_the_unet_show_the_prompts(unet):
 
 
 def test_sheets_of_the_vae_show_images_and_reconstructions(vae):
-    assert Image.open(vae.with_suffix(".30.png")).size == (128, 64)
-    model, drawn = sd.load(vae), tiles(vae.with_suffix(".60.png"), 32)
+    assert Image.open(vae.with_suffix(".20.png")).size == (128, 64)
+    model, drawn = sd.load(vae), tiles(vae.with_suffix(".40.png"), 32)
     for before, after in zip(drawn[::2], drawn[1::2]):
         with torch.no_grad():
             [image] = sd.to_images(model.decode(model.encode(sd.to_tensor(before))))
@@ -896,19 +858,21 @@ def test_sheets_of_the_vae_show_images_and_reconstructions(vae):
     assert 0 < np.mean(changes) < 60
 
 
-def test_captions_are_the_default_prompts(vae, tmp_path):
+def test_captions_are_the_default_prompts(data, tmp_path):
+    objective = noise_prediction(data)
+    assert objective.prompts == [text for texts in CAPTIONS.values() for text in texts]
+    images = objective.samples()
+    assert [image.size for image in images] == 6 * [(16, 16)]
     captions = {f"{i}.png": [f"{i}, one", f"{i}, two"] for i in range(9)}
-    objective = noise_prediction(write_data(tmp_path / "many", captions), sd.load(vae))
+    objective = noise_prediction(write_data(tmp_path / "many", captions))
     assert objective.prompts == [f"{i}, {word}" for i in range(8) for word in ("one", "two")]
-    assert len(objective.samples()) == 16
 
 
 # ------------------------------------------------------------------------------------------ stop and resume
 
 
 @pytest.mark.parametrize(
-    "number, part",
-    [(signal.SIGKILL, "unet"), (signal.SIGKILL, "vae"), (signal.SIGINT, "unet"), (signal.SIGTERM, "vae")],
+    "number, part", [(signal.SIGKILL, "unet"), (signal.SIGINT, "vae"), (signal.SIGTERM, "unet")]
 )
 def test_resumed_training_equals_an_uninterrupted_one(number, part, request, tmp_path):
     """Bit for bit, from a file in fp16. SIGINT and SIGTERM save the step that they end."""
@@ -916,7 +880,7 @@ def test_resumed_training_equals_an_uninterrupted_one(number, part, request, tmp
     out = tmp_path / whole.name
     status, rest = signal_after_save(start(*options, "--out", out), 20, number)
     losses, validation = table(out)
-    assert losses == table(whole)[0][: len(losses)] and 20 <= len(losses) < 60
+    assert losses == table(whole)[0][: len(losses)] and 20 <= len(losses) < 40
     assert sd.load(out)
     if number == signal.SIGKILL:
         assert status == -number and len(losses) % 10 == 0
@@ -925,10 +889,10 @@ def test_resumed_training_equals_an_uninterrupted_one(number, part, request, tmp
     else:
         assert status == 128 + number
         assert rest.endswith(f"train.py: stopped after step {len(losses)}; to continue, add --resume\n")
-        assert f"step {len(losses)} of 60" in rest and all(step % 10 == 0 for step in validation)
-    assert run_here(*options, "--out", out, "--resume").returncode == 0
+        assert f"step {len(losses)} of 40" in rest and all(step % 10 == 0 for step in validation)
+    run_here(*options, "--out", out, "--resume", status=0)
     ours, theirs = files_of(out), files_of(whole)
-    assert ours.keys() == theirs.keys() == {".safetensors", ".loss.csv", ".30.png", ".60.png"}
+    assert ours.keys() == theirs.keys() == {".safetensors", ".loss.csv", ".20.png", ".40.png"}
     assert [suffix for suffix in theirs if ours[suffix] != theirs[suffix]] == []
 
 
@@ -950,20 +914,21 @@ def test_signal_inside_a_step_ends_with_that_step(number, in_batch, data, tmp_pa
     options += ["--batch-size", 1, "--accumulate", 2, "--steps", 3]
     for out in outs:
         out.parent.mkdir()
-    train_here(*options, "--out", outs[0])
+    run_here(*options, "--out", outs[0], status=0)
     handlers = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
-        patch.setitem(train.OBJECTIVES, "unet", (train.read_captions, Signalled))
-        train_here(*options, "--out", outs[1], status=128 + number)
+        patch.setattr(objectives, "NoisePrediction", Signalled)
+        run_here(*options, "--out", outs[1], status=128 + number)
     assert [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)] == handlers
     assert len(table(outs[1])[0]) == 2
-    train_here(*options, "--out", outs[1], "--resume")
+    run_here(*options, "--out", outs[1], "--resume", status=0)
     assert files_of(outs[0]) == files_of(outs[1])
 
 
 def test_progress_bar_on_a_terminal(data, vae, tmp_path):
     """With loss, learning rate and speed, and still a line for each save."""
     ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     options = ["--init", vae, "--out", tmp_path / "a.safetensors", "--steps", 8, "--batch-size", 2]
     process = start(data, *options, "--lr", 0.5, "--warmup", 2, "--save-every", 8, stderr=its)
     os.close(its)
@@ -983,7 +948,7 @@ def test_finished_training_is_left_alone(killed_before_the_model, unet, unet_opt
     folder = shutil.copytree(unet.parent, tmp_path / "done")
     if killed_before_the_model:
         (folder / unet.name).unlink()
-    train_here(*unet_options, "--out", folder / unet.name, "--resume")
+    run_here(*unet_options, "--out", folder / unet.name, "--resume", status=0)
     assert everything(folder) == everything(unet.parent)
 
 
@@ -1000,24 +965,25 @@ def test_resuming_depends_on_what_was_saved_only(unet, unet_options, tmp_path):
     begin = unet_options.index("--init")
     for name, init in {"same": unet_options[begin : begin + 2], "other": []}.items():
         options = unet_options[:begin] + init + unet_options[begin + 2 :]
-        train_here(*options, "--out", tmp_path / name / unet.name, "--resume", "--steps", 63)
+        run_here(*options, "--out", tmp_path / name / unet.name, "--resume", "--steps", 43, status=0)
     assert files_of(tmp_path / "same" / unet.name) == files_of(tmp_path / "other" / unet.name)
 
 
-@pytest.mark.parametrize("every", [0, 61])
+@pytest.mark.parametrize("every", [0, 41])
 def test_full_disk_leaves_what_was_saved(every, unet, unet_options, tmp_path):
     """Stood in for by a limit on the size of a file: smaller than the state, or than a sheet."""
     folder = shutil.copytree(unet.parent, tmp_path / "saved")
     room = 300 if every else unet.stat().st_size
     assert room < unet.with_suffix(".state").stat().st_size
-    options = [*unet_options, "--out", folder / unet.name, "--resume", "--steps", 61, "--sample-every", every]
+    options = [*unet_options, "--out", folder / unet.name, "--resume", "--steps", 41, "--sample-every", every]
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
     try:
         result = run_here(*options)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    message = r"\S*unet\.safetensors cannot be saved: File too large; make room there, and add --resume"
+    reason = "(File too large|no space left, or a failing disk)"  # PyTorch may not tell, in the state
+    message = rf"\S*unet\.safetensors cannot be saved: {reason}; make room there, and add --resume"
     assert re.fullmatch(message, error_of(result) or ""), result.stderr
     assert everything(folder) == everything(unet.parent)  # the state is written before the model
 
@@ -1079,20 +1045,6 @@ def test_step_that_is_not_finite_is_skipped(data, loss, bad):
     assert all(weight.isfinite().all() for weight in trainer.weights) and trainer.losses[2] == 1.0
 
 
-def test_average_is_short_at_first(data):
-    """It keeps (1 + step) / (10 + step) of what it was until that is more than --ema."""
-    trainer = trainer_of(data, ema=0.5, lr=0.01, warmup=0)
-    assert all(average.equal(weight) for average, weight in zip(trainer.average, trainer.weights))
-    for step in range(20):
-        before = [average.clone() for average in trainer.average]
-        give_gradients(trainer, step)
-        trainer.update(1.0)
-        kept = min(0.5, (1 + step) / (10 + step))
-        for average, old, weight in zip(trainer.average, before, trainer.weights, strict=True):
-            expected = kept * old + (1 - kept) * weight.detach()
-            torch.testing.assert_close(average, expected, rtol=1e-5, atol=1e-6)
-
-
 def test_ten_steps_in_a_row_that_are_not_finite_end_training(data):
     for good_steps in (0, 1, 2):  # each after nine that are not finite, or from the first step on
         trainer = trainer_of(data)
@@ -1142,7 +1094,7 @@ def test_two_processes_train_as_one(data, held_out, vae, tmp_path):
     outs = [tmp_path / name / "a.safetensors" for name in ("one", "two")]
     for out in outs:
         out.parent.mkdir()
-    train_here(*options, "--batch-size", 4, "--out", outs[0])
+    run_here(*options, "--batch-size", 4, "--out", outs[0], status=0)
     result = finish(start(*options, "--batch-size", 2, "--out", outs[1], launcher=TORCHRUN))
     lines = [line for line in result.stderr.splitlines(keepends=True) if "train.py" in line]
     result.stderr = "".join(lines)  # torchrun has notes of its own
@@ -1166,7 +1118,7 @@ def test_two_processes_stop_and_one_resumes(data, vae, tmp_path):
     assert len(table(out)[0]) == steps >= 5
     assert sorted(everything(tmp_path)) == ["a.loss.csv", "a.safetensors", "a.state"]
     for path, more in ((out, ["--resume"]), (whole, [])):
-        train_here(*options, "--batch-size", 2, "--steps", steps + 2, "--out", path, *more)
+        run_here(*options, "--batch-size", 2, "--steps", steps + 2, "--out", path, *more, status=0)
     assert table(out)[0] == pytest.approx(table(whole)[0], rel=1e-3)
 
 
@@ -1185,10 +1137,6 @@ def test_help_fits_eighty_columns_and_has_the_defaults(monkeypatch):
         if isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value):
             shown = re.findall(r"[\d.e-]*\d", entries[name.replace("_", "-")].split("(")[-1])
             assert float(shown[0]) == value, name
-
-
-def tiny(**fields) -> str:
-    return json.dumps(TINY | fields)
 
 
 BAD_OPTIONS = [
@@ -1219,7 +1167,7 @@ BAD_OPTIONS = [
     (["--config", "text.json"], "text.json"), (["--config", '{"no_such_field": 1}'], "no_such_field"),
     (["--config", tiny(unet_heads=3)], "heads"), (["--config", tiny(norm_groups=3)], "config"),
     (["--config", tiny(vae_channels="abc")], "config"), (["--config", tiny(vae_channels=[])], "config"),
-    (["--config", tiny(unet_blocks="1")], "config"), (["--config", tiny(vocab_size=10)], "vocab_size"),
+    (["--config", tiny(unet_blocks="x")], "config"), (["--config", tiny(vocab_size=10)], "vocab_size"),
     (["--prompts", "missing.txt"], "missing.txt"), (["--prompts", "empty.txt"], "empty.txt"),
     (["--prompts", "latin-1.txt"], "latin-1.txt"),
     (["--out", "a.ckpt"], "a.ckpt"), (["--out", "a"], "out is a "), (["--out", "."], "out is ."),
@@ -1296,9 +1244,9 @@ BAD_CAPTIONS = {  # files beside red.png, and the message
         coco(IMAGES, [{"image_id": 2, "caption": "red"}]), r"all.json, annotations\[0\]: image_id is 2 and",
     ),
     "COCO, no caption": (
-        coco(IMAGES, [{"image_id": 1, "caption": "a"}, {"image_id": 1}]), r"annotations\[1\]: caption is missing",
+        coco(IMAGES, [{"image_id": 1, "caption": "a"}, {"image_id": 1}]), r"ns\[1\]: caption is missing",
     ),
-    "COCO, no name": (coco([*IMAGES, {"id": 2}], []), r"captions_all.json, images\[1\]: file_name is missing"),
+    "COCO, no name": (coco([*IMAGES, {"id": 2}], []), r"all.json, images\[1\]: file_name is missing"),
     "COCO, no such file": (
         coco([{"id": 1, "file_name": "x.jpg"}], [{"image_id": 1, "caption": "red"}]), "1 of 1 .*x.jpg",
     ),
@@ -1364,7 +1312,8 @@ def test_emoji_names(font):
     for first, last in (skin_tones, clocks, letters, (0x20E3, 0x20E3)):
         assert not any(first <= ord(character) <= last for one in names for character in one)
     known = {
-        "🍎": "red apple", "🐱": "cat face", "🍕": "slice of pizza", "❤️": "red heart", "👩‍🚀": "woman astronaut",
+        "🍎": "red apple", "🐱": "cat face", "🍕": "slice of pizza", "❤️": "red heart",
+        "👩‍🚀": "woman astronaut",
     }  # fmt: skip
     assert {one: names[one] for one in known} == known
 
@@ -1390,8 +1339,7 @@ def test_a_tenth_of_the_emoji_pairs_is_held_out(font):
     assert len(heldout) == len(pairs) // 10
     assert len({one for one, _ in training}) == len(names)
     assert {color for _, color in heldout} == set(emoji.COLORS)
-    expected = "['a', 'pink'], ['c', 'red'], ['a', 'turquoise']"
-    assert json.dumps(emoji.split(list("abc"))["heldout"]).replace('"', "'") == f"[{expected}]"
+    assert emoji.split(list("abc"))["heldout"] == [("a", "white"), ("b", "green"), ("b", "gray")]
 
 
 def test_emoji_are_drawn_in_the_middle(font):

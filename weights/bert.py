@@ -104,7 +104,7 @@ def read_bert(folder: Path) -> tuple[dict[str, Any], BERTTextEncoder]:
         settings = json.loads(path.read_text(encoding="utf-8"))
         fields = {ours: settings[theirs] for theirs, ours in sd.DIFFUSERS_CONFIG["text_encoder"].items()}
         fields["text_length"] = min(fields["text_length"], sd.Config.text_length)
-        config = sd.Config(**fields)
+        config = sd.Config(**fields, vocabulary=("[PAD]",))  # replaced below
         path = folder / "vocab.txt"
         vocabulary = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         config = replace(config, vocabulary=tuple(vocabulary))
@@ -125,6 +125,6 @@ def read_bert(folder: Path) -> tuple[dict[str, Any], BERTTextEncoder]:
         encoder.load_state_dict(state, assign=True)
     except Exception as error:  # damaged files fail in many ways
         reason = f"{error} is missing" if isinstance(error, KeyError) else sd.one_line(error)
-        reason = regex.sub(r".*WeightsUnpickler error: | Check the documentation.*", "", reason)  # by PyTorch
+        reason = regex.sub(r".*WeightsUnpickler error: | Check the documentation.*", "", reason)
         raise ValueError(f"{path}: {reason}; use a folder like bert-base-uncased's") from error
     return {name: getattr(config, name) for name in ("vocabulary", *fields)}, encoder

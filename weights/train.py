@@ -276,8 +276,8 @@ class Trainer:
         """The loss on the held-out data, with the same noise and timesteps at every call."""
         generator, total, count = torch.Generator().manual_seed(0), 0.0, len(self.held_out.examples)
         for indices in torch.arange(count).split(self.settings.batch_size):
-            batch = self.held_out.draw(indices, generator)
-            batch = [tensor.to(self.held_out.model.device) for tensor in batch]
+            drawn = [self.held_out.draw(index[None], generator) for index in indices]  # whatever the batches
+            batch = [torch.cat(tensors).to(self.held_out.model.device) for tensors in zip(*drawn)]
             total += self.held_out(*batch).item() * len(indices)
         return total / count
 
@@ -286,8 +286,8 @@ class Trainer:
         """Turns an error into an OSError that says what to do."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # torch.save raises a RuntimeError from an OSError
-            reason = sd.one_line(error.__context__ or error)
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors, which do not say why
+            reason = sd.one_line(error) if isinstance(error, OSError) else "no space left, or a failing disk"
             message = f"{self.settings.out} cannot be saved: {reason}; make room there, and add --resume"
             raise OSError(message) from error
 
