@@ -1,15 +1,16 @@
-"""What the README shows is so: its blocks run as they stand, its lines of code are sd.py's, its options are all there."""
+"""What the README shows is so: its blocks run as they stand, and its code, options and counts are sd.py's."""
 
 import re
 import shlex
 import shutil
 import textwrap
+from itertools import pairwise
 
 import pytest
 from conftest import ROOT
-from weights import train
 
 import sd
+from weights import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
@@ -49,7 +50,7 @@ def test_options_are_all_there(run_sd):
 
 def test_line_counts_of_the_sections():
     starts = [(int(number), line) for line, number in enumerate_sections()] + [(11, CODE.count("\n") + 1)]
-    counts = {number: end - start for (number, start), (_, end) in zip(starts, starts[1:])}
+    counts = {number: end - start for (number, start), (_, end) in pairwise(starts)}
     table = re.findall(r"^\| (\d+) [\w ]+ \| (\d+) \|", README, re.M)
     assert {int(number): int(lines) for number, lines in table} == counts
 

@@ -154,12 +154,13 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
         text = "{}" if settings.config is None else settings.config
         text = read_text(Path(os.path.expanduser(text))) if text.endswith(".json") else text
         try:
-            model = new_model(sd.Config(**json.loads(text)), settings.seed)
-            size, least = model.config.vocab_size, len(model.tokenizer.ids)
-            sd.check("vocab_size", size, size >= least, f"{least} or more")
+            config = sd.Config(**json.loads(text))
         except (TypeError, ValueError) as error:
             reason = f"config {settings.config}: {sd.one_line(error)}"
             raise ValueError(f"{reason}; give fields of sd.Config in JSON, or a .json file") from error
+        model = new_model(config, settings.seed)
+        least = len(model.tokenizer.ids)
+        sd.check("vocab_size", config.vocab_size, config.vocab_size >= least, f"{least} or more")
     if settings.text_encoder == "clip" or model.config.vocabulary:
         return model
     from weights import bert
