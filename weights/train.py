@@ -159,8 +159,8 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
             reason = f"config {settings.config}: {sd.one_line(error)}"
             raise ValueError(f"{reason}; give fields of sd.Config in JSON, or a .json file") from error
         model = new_model(config, settings.seed)
-        least = len(model.tokenizer.ids)
-        sd.check("vocab_size", config.vocab_size, config.vocab_size >= least, f"{least} or more")
+        size, least = config.vocab_size, len(model.tokenizer.ids)
+        sd.check("vocab_size", size, size >= least, f"{least} or more")
     if settings.text_encoder == "clip" or model.config.vocabulary:
         return model
     from weights import bert
@@ -194,8 +194,7 @@ class Trainer:
 
     def __init__(self, objective: Any, settings: Settings, held_out: Any = None):
         self.objective, self.settings, self.held_out = objective, settings, held_out
-        self.rank, self.processes = 0, 1
-        self.parallel = objective
+        self.rank, self.processes, self.parallel = 0, 1, objective
         if distributed.is_initialized():
             self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
             self.parallel = nn.parallel.DistributedDataParallel(objective)
