@@ -906,7 +906,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 OLD_NAMES = {  # spellings of older files, and today's
     r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model.",
-    r"\.query\.": ".to_q.", r"\.key\.": ".to_k.", r"\.value\.": ".to_v.", r"\.proj_attn\.": ".to_out.0.",
+    r"0\.query\.": "0.to_q.", r"0\.key\.": "0.to_k.", r"0\.value\.": "0.to_v.", r"0\.proj_attn\.": "0.to_out.0.",
 }  # fmt: skip
 UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comparing texts with images takes
     r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"

@@ -1104,8 +1104,8 @@ def test_help_fits_eighty_columns_and_has_the_defaults(monkeypatch):
 OUT_OF_RANGE = """
     steps 0, steps -1, batch-size 0, accumulate 0, save-every 0, sample-every -1, warmup -1, lr 0.0, lr -1.0,
     lr nan, lr inf, clip 0.0, clip nan, min-snr 0.0, min-snr nan, ema -0.1, ema 1.0, ema nan, drop-text -0.1,
-    drop-text 1.0, drop-text nan, weight-decay -1.0, weight-decay nan, resolution 15, resolution -16, resolution 0,
-    seed -1, seed 18446744073709551616, dtype fp16, part text, text-encoder gpt
+    drop-text 1.0, drop-text nan, weight-decay -1.0, weight-decay nan, resolution 15, resolution -16,
+    resolution 0, seed -1, seed 18446744073709551616, dtype fp16, part text, text-encoder gpt
 """
 RANGES = [option.split() for option in OUT_OF_RANGE.split(",")]
 BAD_OPTIONS = [
