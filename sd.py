@@ -80,7 +80,7 @@ class Config:
             if name != "vocabulary":
                 numbers = value if isinstance(default, tuple) else (value,)
                 kind = type(default[0] if isinstance(default, tuple) else default)
-                most = 100 if name.endswith(("_layers", "_blocks")) else 2**20
+                most = 32 if name.endswith(("_layers", "_blocks")) else 2**20
                 right = all(type(n) in (kind, int) and (kind is bool or 0 < n <= most) for n in numbers)
                 wanted = f"{kind.__name__}, over 0 and at most {most}, 1 to 8 of them"
                 check(name, str(value)[:99], right and 1 <= len(numbers) <= 8, wanted)
@@ -906,7 +906,8 @@ def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 OLD_NAMES = {  # spellings of older files, and today's
     r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model.",
-    r"0\.query\.": "0.to_q.", r"0\.key\.": "0.to_k.", r"0\.value\.": "0.to_v.", r"0\.proj_attn\.": "0.to_out.0.",
+    r"0\.query\.": "0.to_q.", r"0\.key\.": "0.to_k.", r"0\.value\.": "0.to_v.",
+    r"0\.proj_attn\.": "0.to_out.0.",
 }  # fmt: skip
 UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comparing texts with images takes
     r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"
@@ -952,6 +953,14 @@ DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_di
         "cross_attention_dim": "text_dim", "down_block_types": "unet_attention"}}  # fmt: skip
 
 
+def refuse_other_models(tensors: dict[str, Any]) -> None:
+    """Raises ValueError for the tensors of another model than Stable Diffusion v1."""
+    for name, tensor in tensors.items():
+        name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
+        for family, pattern in FAMILIES.items():
+            check("this", family, not re.search(pattern, name), "Stable Diffusion v1")
+
+
 def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
     """The tensors of a diffusers folder, the fields of its Config, and the maps."""
     suffixes = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
@@ -960,12 +969,19 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
     for part in PREFIXES:
         files = [file for end in suffixes for stem in stems if (file := path / part / (stem + end)).is_file()]
         check(f"{part}/", "without weights", files, "part of a whole diffusers folder")
-        found, _, data = read_file(files[0])
+        try:
+            found, _, data = read_file(files[0])
+        except Exception as error:
+            raise ValueError(f"{files[0]}: {one_line(error)}") from error
         tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
         maps += data
+    refuse_other_models(tensors)
     for part, names in DIFFUSERS_CONFIG.items():
         file = path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        try:
+            settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        except ValueError as error:
+            raise ValueError(f"{file}: {one_line(error)}") from error
         if "down_block_types" in settings and part == "unet":
             settings["down_block_types"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
         for name, value in settings.items():
@@ -978,10 +994,8 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], Config, list[mmap.mmap]
     """The tensors of a file or folder under the names of today, its Config, and the maps."""
     tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
     fields = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
-    for name, tensor in tensors.items() if path.is_dir() or not fields else []:
-        name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
-        for family, pattern in FAMILIES.items():
-            check("this", family, not re.search(pattern, name), "Stable Diffusion v1")
+    if not fields:
+        refuse_other_models(tensors)
     for old, new in OLD_NAMES.items():
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
     return tensors, Config(**fields), maps
@@ -997,13 +1011,14 @@ def load(
         raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     try:
         tensors, config, maps = read_checkpoint(path)
+        with torch.device("meta"):
+            model = StableDiffusion(config)
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise
-        reason = re.split(r"\. | Check ", one_line(error).rpartition("WeightsUnpickler error: ")[2])[0]
+        reason = re.split(r"WeightsUnpickler error: |trusted source\. ", one_line(error))[-1]
+        reason = re.split(r"\. | Please | Check ", reason)[0][:300]
         raise ValueError(f"{path}: {reason}; use another checkpoint, or download it again") from error
-    with torch.device("meta"):
-        model = StableDiffusion(config)
     target, home = model.state_dict(), torch.device("cpu" if offload else device)
     state, wrong = {}, []
     for name, theirs in names_in(DIFFUSERS if path.is_dir() else COMPVIS, model).items():
