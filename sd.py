@@ -561,7 +561,9 @@ SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusP
 def open_image(source: Any, background: str = "white") -> Image.Image:
     """A file or an image -> the image in RGB, upright, with `background` where it is transparent."""
     try:
-        image = source if isinstance(source, Image.Image) else Image.open(Path(source).expanduser())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = source if isinstance(source, Image.Image) else Image.open(os.path.expanduser(source))
         if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO is a JPEG with a preview
             raise ValueError("it is an animation")
         image = ImageOps.exif_transpose(image)
@@ -1006,7 +1008,7 @@ def load(
 ) -> StableDiffusion:
     """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. With
     `offload`, each part of the model is on `device` only while it runs. Raises OSError or ValueError."""
-    path = Path(path).expanduser()
+    path = Path(os.path.expanduser(path))
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     try:
@@ -1069,7 +1071,7 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
         header[name] = {"dtype": dtypes[tensor.dtype], "shape": tensor.shape, "data_offsets": [begin, end]}
     head = json.dumps(header).encode()
     head += b" " * (-len(head) % 8)  # aligns the tensors
-    with atomic_write(Path(path).expanduser()) as file:
+    with atomic_write(Path(os.path.expanduser(path))) as file:
         file.write(len(head).to_bytes(8, "little") + head)
         for tensor in tensors.values():
             file.write(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
@@ -1130,7 +1132,7 @@ def reuse_memory() -> None:
 def claim(path: Path) -> Path:
     """Creates the first of out.png, out-1.png, ... that does not exist, so that no other process takes it."""
     for i in count():
-        name = path.expanduser().with_stem(f"{path.stem}-{i}" if i else path.stem)
+        name = Path(os.path.expanduser(path)).with_stem(f"{path.stem}-{i}" if i else path.stem)
         with suppress(FileExistsError):
             name.touch(exist_ok=False)
             break
@@ -1145,8 +1147,10 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     try:
         with atomic_write(name) as file:
             image.save(file, "png", pnginfo=info)
-    except BaseException:
+    except BaseException as error:
         name.unlink()
+        if isinstance(error, OSError):
+            raise OSError(f"{name}: {one_line(error)}; make room there") from error
         raise
     return name
 
@@ -1163,7 +1167,7 @@ def generate_files(arguments: list[str]) -> int:
     args.image = args.image and open_image(args.image)
     args.mask = args.mask and open_image(args.mask, background="black")
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    replace(settings).resolve(Config())  # reports most mistakes before loading
+    replace(settings).resolve(Config(vae_channels=(32,)))  # reports what no model can do before loading
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     with warnings.catch_warnings(record=True) as notes:
@@ -1196,17 +1200,17 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
         return run(sys.argv[1:])
     except KeyboardInterrupt:
         return 130
-    except (OSError, ValueError, argparse.ArgumentError) as error:
-        place = getattr(error, "filename", None)
-        wrong = f"{place}: {one_line(error)}" if place else one_line(error)
-    except (RuntimeError, MemoryError) as error:
+    except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
             reason, *_ = str(error).split("\n\n")  # the rest is for developers
             wrong = f"cannot compile: {one_line(reason)}; leave out --compile"
-        else:
+        elif isinstance(error, RuntimeError):
             raise
+        else:
+            place = getattr(error, "filename", None)
+            wrong = f"{place}: {one_line(error)}" if place else one_line(error)
     print(f"{program}: error: {wrong}", file=sys.stderr)
     return 2
 
