@@ -90,6 +90,7 @@ class Config:
         check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
         check("unet_channels", self.unet_channels, self.unet_channels[0] % 2 == 0, "even at the first level")
         check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
+        check("beta_start", self.beta_start, self.beta_start >= 1e-9, "1e-9 or more")
         check("beta_end", self.beta_end, self.beta_start <= self.beta_end < 1, "from beta_start to below 1")
         for channels in self.unet_channels:
             check("unet_heads", heads, channels % heads == 0, f"a divisor of {channels}")
@@ -620,6 +621,7 @@ class Settings:
         width = self.width = width // unit * unit if self.width is None else self.width
         height = self.height = height // unit * unit if self.height is None else self.height
         last_seed = 2**64 - self.n * len(self.prompt)
+        check("prompt", "an empty list", self.prompt, "a text or a list of some")
         check("steps", self.steps, 1 <= self.steps <= config.timesteps, f"from 1 to {config.timesteps}")
         check("guidance", self.guidance, math.isfinite(self.guidance), "a finite number, 1 for none")
         check("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
@@ -875,7 +877,7 @@ def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A binary file to write; it appears at `path` when it is complete and on disk."""
+    """A binary file to write; it appears at `path` when it is complete and on disk. Raises OSError."""
     temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -883,6 +885,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise type(error)(f"{path}: {one_line(error)}; make room, or save elsewhere") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -908,8 +912,7 @@ def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
 
 OLD_NAMES = {  # spellings of older files, and today's
     r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model.",
-    r"0\.query\.": "0.to_q.", r"0\.key\.": "0.to_k.", r"0\.value\.": "0.to_v.",
-    r"0\.proj_attn\.": "0.to_out.0.",
+    r"0\.query": "0.to_q", r"0\.key": "0.to_k", r"0\.value": "0.to_v", r"0\.proj_attn": "0.to_out.0",
 }  # fmt: skip
 UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comparing texts with images takes
     r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"
@@ -922,10 +925,8 @@ FAMILIES = {  # other models, and a tensor that tells them, by its name and the 
     "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2\.to_k\.weight 1024$",
     "Stable Diffusion XL": r"^conditioner\.|attn2\.to_k\.weight 2048$",
     "FLUX or Stable Diffusion 3": r"double_blocks\.|joint_blocks\.",
-    "an inpainting UNet (9 input channels)": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight 9$",
-    "an InstructPix2Pix UNet (8 input channels)": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight 8$",
-    "a VAE alone": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)",
-    "a UNet alone": r"^(input_blocks|down_blocks)\.",
+    "an inpainting or InstructPix2Pix UNet": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight [89]$",
+    "a VAE or a UNet alone": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)|^(input|down)_blocks\.",
 }
 
 
@@ -984,23 +985,21 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         except ValueError as error:
             raise ValueError(f"{file}: {one_line(error)}") from error
-        if "down_block_types" in settings and part == "unet":
-            settings["down_block_types"] = ["CrossAttn" in kind for kind in settings["down_block_types"]]
         for name, value in settings.items():
+            value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
             first = fields.setdefault(names[name], value) if name in names else value
             check(f"{part}'s {name}", value, value == first, f"{first}, as for another part")
     return tensors, fields, maps
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], Config, list[mmap.mmap]]:
-    """The tensors of a file or folder under the names of today, its Config, and the maps."""
-    tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
-    fields = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
-    if not fields:
-        refuse_other_models(tensors)
-    for old, new in OLD_NAMES.items():
-        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
-    return tensors, Config(**fields), maps
+def pick_device(name: Any) -> torch.device:
+    """The device called `name`, or for None the fastest one. Raises ValueError if it is not there."""
+    name = name or (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=name).item()
+    except Exception as error:  # PyTorch raises many kinds
+        raise ValueError(f"device {name} is not available: {one_line(error)}; try --device cpu") from error
+    return torch.device(name)
 
 
 def load(
@@ -1008,20 +1007,25 @@ def load(
 ) -> StableDiffusion:
     """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. With
     `offload`, each part of the model is on `device` only while it runs. Raises OSError or ValueError."""
-    path = Path(os.path.expanduser(path))
+    path, device = Path(os.path.expanduser(path)), pick_device(device)
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     try:
-        tensors, config, maps = read_checkpoint(path)
+        tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
+        fields = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
+        if not fields:
+            refuse_other_models(tensors)
+        for old, new in OLD_NAMES.items():
+            tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
         with torch.device("meta"):
-            model = StableDiffusion(config)
+            model = StableDiffusion(Config(**fields))
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
         if isinstance(error, MemoryError) or "allocate" in str(error):
             raise
-        reason = re.split(r"WeightsUnpickler error: |trusted source\. ", one_line(error))[-1]
-        reason = re.split(r"\. | Please | Check ", reason)[0][:300]
+        paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
+        reason = re.sub(paragraphs, "", one_line(error))[:300]
         raise ValueError(f"{path}: {reason}; use another checkpoint, or download it again") from error
-    target, home = model.state_dict(), torch.device("cpu" if offload else device)
+    target, home = model.state_dict(), torch.device("cpu") if offload else device
     state, wrong = {}, []
     for name, theirs in names_in(DIFFUSERS if path.is_dir() else COMPVIS, model).items():
         tensor, shape = tensors.pop(theirs, None), target[name].shape
@@ -1037,18 +1041,13 @@ def load(
             for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original may leave the memory
                 data.madvise(mmap.MADV_DONTNEED)
     if wrong:
-        raise ValueError(f"{path}: {first_few(wrong)}; use a whole Stable Diffusion v1 checkpoint")
+        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole checkpoint")
     model.load_state_dict(state, assign=True)
     if unused := [name for name in tensors if not UNNEEDED.search(name)]:
-        warnings.warn(f"{path}: {len(unused)} tensors are not used: {first_few(unused)}", stacklevel=2)
+        warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused[:3])}", stacklevel=2)
     model.name = path.name if path.is_dir() else re.sub(r"\.(safetensors|ckpt)$", "", path.name)
-    model.offload_device = torch.device(device) if offload else None
+    model.offload_device = device if offload else None
     return model.eval()
-
-
-def first_few(items: list[str]) -> str:
-    """The first three of `items` and how many more."""
-    return ", ".join(items[:3]) + (f" and {len(items) - 3} more" if len(items) > 3 else "")
 
 
 def save(model: StableDiffusion, path: str | Path) -> None:
@@ -1110,17 +1109,6 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return args
 
 
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the fastest one; ValueError if it is not there."""
-    fastest = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    name = name or fastest
-    try:
-        torch.zeros(1, device=name).item()
-    except Exception as error:  # PyTorch raises many kinds
-        raise ValueError(f"device {name} is not available: {one_line(error)}; try --device cpu") from error
-    return torch.device(name)
-
-
 def reuse_memory() -> None:
     """Makes this process keep freed memory: to get it back from Linux takes a tenth of a step's time."""
     if sys.platform == "linux":
@@ -1147,49 +1135,43 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     try:
         with atomic_write(name) as file:
             image.save(file, "png", pnginfo=info)
-    except BaseException as error:
+    except BaseException:
         name.unlink()
-        if isinstance(error, OSError):
-            raise OSError(f"{name}: {one_line(error)}; make room there") from error
         raise
     return name
 
 
-def generate_files(arguments: list[str]) -> int:
+def generate_files(arguments: list[str]) -> None:
     """Generates and saves images by the options of a command line; raises OSError or ValueError."""
     args = parse(arguments)
     valid = not re.search("[\ud800-\udfff]", args.prompt + args.negative)  # what Python makes of other bytes
     check("a prompt", "not valid UTF-8", valid, "typed again")
     check("out", args.out, args.out.suffix.lower() == ".png", "a name that ends in .png")
     claim(args.out).unlink()  # reports an unwritable folder now, not after an image
-    check("strength", "given", args.strength is None or args.image is not None, "used with an image only")
-    args.strength = Settings.strength if args.strength is None else args.strength
+    check("strength", "given", args.strength is None or args.image, "used with an image only")
     args.image = args.image and open_image(args.image)
     args.mask = args.mask and open_image(args.mask, background="black")
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
     replace(settings).resolve(Config(vae_channels=(32,)))  # reports what no model can do before loading
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    with warnings.catch_warnings(record=True) as notes:
-        model = load(args.weights, device, FLOATS[dtype], args.offload)
-        settings.resolve(model.config)
-        if dtype == "fp16" and device.type == "cpu":
-            warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
-        side, area = model.config.image_size, settings.width * settings.height
-        if not 0.25 <= area / side**2 <= 2.25:
-            warnings.warn(f"the model was trained on images of about {side}x{side} pixels", stacklevel=1)
+    model = load(args.weights, device, FLOATS[dtype], args.offload)
+    settings.resolve(model.config)
+    if dtype == "fp16" and device.type == "cpu":
+        warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
+    side, area = model.config.image_size, settings.width * settings.height
+    if not 0.25 <= area / side**2 <= 2.25:
+        warnings.warn(f"the model was trained on images of about {side}x{side} pixels", stacklevel=1)
     about = f"sd.py: {args.weights.name} on {device} in {dtype}, {settings.width}x{settings.height}, "
     about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {settings.seed}"
     print(about, file=sys.stderr)
-    for note in notes:
-        warnings.warn(note.message, stacklevel=1)
     if args.compile:
         model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     for i in range(args.n):  # one by one, so that each is saved when it is done
         settings = replace(settings, seed=settings.seed + (i > 0), n=1)
         [image] = model.generate(**vars(settings), progress=sys.stderr.isatty())
         print(save_image(image, args.out), flush=True)
-    return 0
 
 
 def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = "size, --offload") -> int:
@@ -1197,10 +1179,12 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
     reuse_memory()
     warnings.showwarning = lambda message, *_: print(f"{program}: note: {one_line(message)}", file=sys.stderr)
     try:
-        return run(sys.argv[1:])
+        return run(sys.argv[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
+        place = getattr(error, "filename", None)
+        wrong = f"{place}: {one_line(error)}" if place else one_line(error)
         if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
@@ -1208,9 +1192,6 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
             wrong = f"cannot compile: {one_line(reason)}; leave out --compile"
         elif isinstance(error, RuntimeError):
             raise
-        else:
-            place = getattr(error, "filename", None)
-            wrong = f"{place}: {one_line(error)}" if place else one_line(error)
     print(f"{program}: error: {wrong}", file=sys.stderr)
     return 2
 

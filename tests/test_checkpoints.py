@@ -284,7 +284,7 @@ def test_unused_tensors_are_named(kind, tmp_path, tensors, expected, folder):
     with pytest.warns(UserWarning, match="not used") as record:
         assert_same(sd.load(path).state_dict(), expected)
     [note] = [str(warning.message) for warning in record]
-    assert re.match(rf"{path}: 5 tensors .*guide.\d.weight, .*guide.*, .*guide.* and 2 more", note)
+    assert re.match(rf"{path}: 5 tensors .*guide.\d.weight, .*guide.*, .*guide.*", note)
 
 
 # ------------------------------------------------------------------------ pickles: foreign objects, attacks

@@ -49,7 +49,7 @@ BAD_VALUES = {
     "unet_channels": [(), (320, 320, 320, 0), (320, 320, 320, -32), (320,) * 3 + (324,), (320,) * 20_000],
     "unet_attention": [(), (True,), (True,) * 5, (True,) * 20_000], "unet_blocks": [0, -2, 10**9],
     "unet_heads": [0, -8, 7], "norm_groups": [0, -32, 31], "timesteps": [0, -1000, 10**9],
-    "beta_start": [0, -0.1, 0.013, math.nan], "beta_end": [0.0008, 1, 2, math.nan],
+    "beta_start": [0, -0.1, 1e-300, 0.013, math.nan], "beta_end": [0.0008, 1, 2, math.nan],
 }  # fmt: skip
 
 

@@ -361,7 +361,8 @@ def test_image_of_other_proportions_is_cropped_at_the_center(small_model):
 
 
 @pytest.mark.parametrize("settings, message", [
-    ({"steps": 0}, "steps is 0"), ({"steps": 1001}, "steps is 1001"), ({"n": 0}, "n is 0"),
+    ({"prompt": []}, "prompt is an empty list"), ({"steps": 0}, "steps is 0"),
+    ({"steps": 1001}, "steps is 1001"), ({"n": 0}, "n is 0"),
     ({"n": -1}, "n is -1"), ({"guidance": math.nan}, "guidance is nan"),
     ({"guidance": -math.inf}, "guidance is -inf"), ({"sampler": "euler"}, "sampler is euler"),
     ({"seed": -1}, "seed is -1"), ({"seed": 2**64}, "seed is"), ({"seed": 2**64 - 1, "n": 2}, "seed is"),
@@ -375,10 +376,10 @@ def test_image_of_other_proportions_is_cropped_at_the_center(small_model):
 ])  # fmt: skip
 def test_arguments_out_of_range(small_model, settings, message):
     with pytest.raises((ValueError, OSError), match=message) as caught:
-        small_model.generate(PROMPT, **QUICK | settings)
+        small_model.generate(**{"prompt": PROMPT} | QUICK | settings)
     assert "\n" not in str(caught.value)
     with pytest.raises((ValueError, OSError), match=message):
-        next(small_model.denoise(PROMPT, **DENOISE | settings))
+        next(small_model.denoise(**{"prompt": PROMPT} | DENOISE | settings))
 
 
 # ----------------------------------------------------------------------------------------- dtypes and devices
@@ -449,6 +450,11 @@ def test_images_that_are_not_finite_are_refused(small, dtype, image):
         model.unet.conv_out.bias.fill_(torch.finfo(dtype).max)
     with pytest.raises(ValueError, match="not finite.* small"):
         model.generate(PROMPT, **QUICK | {"image": image, "steps": 2, "width": 32, "height": 32})
+
+
+def test_missing_device_is_named(small):
+    with pytest.raises(ValueError, match="device cuda:99 is not available: .*; try"):
+        sd.load(small, device="cuda:99")
 
 
 def test_offload(small, small_model):

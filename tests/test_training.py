@@ -618,10 +618,11 @@ def test_training_follows_the_formulas(part, data, tmp_path, monkeypatch):
     saved = sd.load(out).state_dict()
     state = torch.load(out.with_suffix(".state"), weights_only=True)
     for (name, weight), own in zip(named.items(), state["weights"], strict=True):
+        if name.endswith("k.bias"):
+            continue  # softmax does not depend on it: its gradient is rounding, which AdamW enlarges
         for theirs, ours in ((average[name], saved[name]), (weight.detach(), own.detach())):
             change = (theirs - start[name]).norm()
-            rounding = 1e-4 if name.endswith("k.bias") else 1e-7  # the gradient of k.bias is nothing else
-            assert (ours - theirs).norm() <= 2e-3 * change + rounding, name
+            assert (ours - theirs).norm() <= 2e-3 * change + 1e-7, name
     others = {name: tensor for name, tensor in model.state_dict().items() if name not in named}
     assert others and all(saved[name].equal(tensor) for name, tensor in others.items())
     if part == "unet":
@@ -944,7 +945,7 @@ def test_full_disk_leaves_what_was_saved(every, unet, unet_options, tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     reason = "(File too large|no space left, or a failing disk)"  # PyTorch may not tell, in the state
-    message = rf"\S*unet\.safetensors cannot be saved: {reason}; make room there, and add --resume"
+    message = rf"\S*unet\.[\w.]+: {reason}; make room there, and add --resume"
     assert re.fullmatch(message, error_of(result) or ""), result.stderr
     assert everything(folder) == everything(unet.parent)  # the state is written before the model
 

@@ -131,7 +131,7 @@ def read_pixels(paths: list[Path], side: int) -> Iterator[tuple[Path, Tensor]]:
         yield path, torch.from_numpy(pixels).permute(2, 0, 1)
     found = f"{len(failed)} of {len(paths)} images"
     if len(failed) > len(paths) / 2:
-        raise ValueError(f"{found} cannot be used; replace {sd.first_few(failed)}")
+        raise ValueError(f"{found} cannot be used; replace them: {', '.join(failed[:3])}")
     if failed:
         warnings.warn(f"{found} left out: {', '.join(failed)}", stacklevel=2)
 

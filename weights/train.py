@@ -287,9 +287,9 @@ class Trainer:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors, which do not say why
-            reason = sd.one_line(error) if isinstance(error, OSError) else "no space left, or a failing disk"
-            message = f"{self.settings.out} cannot be saved: {reason}; make room there, and add --resume"
-            raise OSError(message) from error
+            reason = f"{self.settings.out}: no space left, or a failing disk"
+            reason, _, _ = (str(error) if isinstance(error, OSError) else reason).partition("; ")
+            raise OSError(f"{reason}; make room there, and add --resume") from error
 
     def save(self, validate: bool = False) -> None:
         """Writes the training state first, so that a kill in between loses nothing; then the model with the
