@@ -157,9 +157,11 @@ def test_attention_matches_its_formula(context_dim, bias, mask):
     assert relative_error(attention(x, context, mask), expected) < 1e-13
 
 
+@pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize("queries, keys", [(1, 5), (127, 6), (128, 128), (129, 77), (300, 300)])
-def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys):
-    """Outputs and gradients. On a CPU, sd.py has its own implementation."""
+def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys, has_amx, monkeypatch):
+    """Outputs and gradients. On a CPU without AMX, sd.py has its own implementation."""
+    monkeypatch.setattr(sd, "HAS_AMX", has_amx)
     attention = randomize(sd.Attention(80, 2, 40)).bfloat16()
     x, context = torch.randn(3, queries, 80).bfloat16(), torch.randn(3, keys, 40).bfloat16()
     output_grad = torch.randn(3, queries, 80)
