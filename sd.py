@@ -81,10 +81,8 @@ class Config:
                 numbers = value if isinstance(default, tuple) else (value,)
                 kind = type(default[0] if isinstance(default, tuple) else default)
                 most = 32 if name.endswith(("_layers", "_blocks")) else 2**20
-                right = all(type(n) in (kind, int) and (kind is bool or 0 < n <= most) for n in numbers)
-                check(
-                    name, str(value)[:99], right and 0 < len(numbers) < 9, f"{kind.__name__} over 0 to {most}"
-                )
+                fits = all(type(n) in (kind, int) and (kind is bool or 0 < n <= most) for n in numbers)
+                check(name, str(value)[:99], fits and 0 < len(numbers) < 9, f"{kind.__name__} in (0, {most}]")
         heads, groups, levels = self.unet_heads, self.norm_groups, len(self.unet_channels)
         check("vocab_size", self.vocab_size, self.vocabulary or self.vocab_size >= 514, "514 or more")
         check("text_length", self.text_length, self.text_length >= 2, "2 or more")
@@ -180,7 +178,7 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------ 3 building blocks
 # Modules that several of the three models share. Text is (B, T, D), images and latents are (B, C, H, W).
 
-HAS_AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")  # instructions for bf16 products
+HAS_AMX = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")  # for bf16 products
 
 
 class Attention(nn.Module):
@@ -1022,7 +1020,7 @@ def load(
         with torch.device("meta"):
             model = StableDiffusion(Config(**fields))
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
-        if isinstance(error, MemoryError) or "allocate" in str(error):
+        if isinstance(error, MemoryError) or "alloc" in str(error):
             raise
         paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
         reason = re.sub(paragraphs, "", one_line(error))[:300]
@@ -1187,7 +1185,7 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         place = getattr(error, "filename", None)
         wrong = f"{place}: {one_line(error)}" if place else one_line(error)
-        if isinstance(error, MemoryError) or "allocate" in str(error):  # as every device says it
+        if isinstance(error, MemoryError) or "alloc" in str(error):  # as every device says it
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
             reason, *_ = str(error).split("\n\n")  # the rest is for developers
