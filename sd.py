@@ -1020,7 +1020,7 @@ def load(
         with torch.device("meta"):
             model = StableDiffusion(Config(**fields))
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
-        if isinstance(error, MemoryError) or "alloc" in str(error):
+        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
             raise
         paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
         reason = re.sub(paragraphs, "", one_line(error))[:300]
@@ -1185,7 +1185,7 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         place = getattr(error, "filename", None)
         wrong = f"{place}: {one_line(error)}" if place else one_line(error)
-        if isinstance(error, MemoryError) or "alloc" in str(error):  # as every device says it
+        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
             reason, *_ = str(error).split("\n\n")  # the rest is for developers
