@@ -160,7 +160,7 @@ def test_attention_matches_its_formula(context_dim, bias, mask):
 @pytest.mark.parametrize("has_amx", [False, True])
 @pytest.mark.parametrize("queries, keys", [(1, 5), (127, 6), (128, 128), (129, 77), (300, 300)])
 def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys, has_amx, monkeypatch):
-    """Outputs and gradients. On a CPU without AMX, sd.py has its own implementation."""
+    """Outputs and gradients. On a CPU, sd.py has its own implementation; with AMX, for gradients only."""
     monkeypatch.setattr(sd, "HAS_AMX", has_amx)
     attention = randomize(sd.Attention(80, 2, 40)).bfloat16()
     x, context = torch.randn(3, queries, 80).bfloat16(), torch.randn(3, keys, 40).bfloat16()
@@ -181,6 +181,10 @@ def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys, has_
     exact, fused = results(pytorchs, torch.float64), results(pytorchs, torch.bfloat16)
     for our, their, expected in zip(results(attention, torch.bfloat16), fused, exact, strict=True):
         assert (our - expected).norm() < 2 * (their - expected).norm()
+    with torch.no_grad():
+        output = attention(x, context).double()
+    assert (output - exact[0]).norm() < 2 * (fused[0] - exact[0]).norm()
+    assert output.equal(fused[0]) or not has_amx
 
 
 @torch.no_grad()
