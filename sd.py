@@ -2,12 +2,12 @@
 
     python sd.py --prompt "a photograph of an astronaut riding a horse" --weights v1-5-pruned-emaonly.ckpt
 
-The tokenizer (section 2) turns the prompt into ids, which the text encoder (4) turns into a context. Starting
-from noise, the UNet (6) predicts the noise in latents, an image at an eighth of its size, and a sampler (7)
-removes some of it, step by step. The autoencoder (5) decodes the latents; the pipeline (8) connects all this.
+The tokenizer (section 2) turns the prompt into ids, and the text encoder (4) turns these into a context. In
+latents, which are an eighth of an image's size and begin as noise, the UNet (6) predicts the noise, and a
+sampler (7) removes some of it, step by step. The autoencoder (5) decodes them; the pipeline (8) connects all.
 Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
 
-Comments at line ends give shapes: B batch, T tokens, D dimension, C channels, H W pixels, h w latents.
+Shapes have B for batch, T and S tokens, D and d dimensions, C channels, H W pixels, h w sizes of latents.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752
 Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239
@@ -193,13 +193,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, T, D), (B, S, context_dim) -> (B, T, D); a boolean mask (B, 1, T, S) is False where hidden"""
+        """(B, T, D), (B, S, context_dim) -> (B, T, D); False in a mask, for (B, heads, T, S), hides"""
         context = x if context is None else context
         q, k, v = self.q(x), self.k(context), self.v(context)  # (B, T, D), (B, S, D), (B, S, D)
-        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, -1)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))  # (B, heads, T, d)
         if q.is_cpu and q.dtype == torch.bfloat16 and mask is None and (q.requires_grad or not HAS_AMX):
             # Without AMX, and for gradients, plain products of 128 queries take half the fused kernel's time.
-            k, v = k.contiguous().transpose(2, 3) * q.shape[-1] ** -0.5, v.contiguous()  # (B, heads, -1, S)
+            k, v = k.contiguous().transpose(2, 3) * q.shape[-1] ** -0.5, v.contiguous()  # k: (B, heads, d, S)
             x = torch.cat([(queries @ k).softmax(dim=-1) @ v for queries in q.split(128, dim=2)], dim=2)
         else:
             x = F.scaled_dot_product_attention(q, k, v, mask)
@@ -299,9 +299,9 @@ class ImageAttention(Attention):
         return x + super().forward(tokens).transpose(1, 2).view_as(x)
 
 
-def residual_blocks(count: int, channels: int, out_channels: int, groups: int) -> list[nn.Module]:
-    """Residual blocks of which the first changes the number of channels."""
-    return [ResidualBlock(c, out_channels, groups) for c in [channels] + (count - 1) * [out_channels]]
+def residual_blocks(n: int, channels: int, out_channels: int, groups: int) -> list[nn.Module]:
+    """Residual blocks, of which the first changes the number of channels."""
+    return [ResidualBlock(c, out_channels, groups) for c in [channels] + (n - 1) * [out_channels]]
 
 
 class Encoder(nn.Sequential):
@@ -368,7 +368,7 @@ class VAE(nn.Module):
 
 # ----------------------------------------------------------------------------------------------------- 6 UNet
 # The denoiser: a U-Net (Ronneberger et al. 2015, arXiv:1505.04597) with cross-attention to the text
-# (Rombach et al. 2022, sec. 3.3). On the way up, each block also takes the output of one on the way down.
+# (Rombach et al. 2022, sec. 3.3). On the way up, each block also takes one of the outputs of the way down.
 
 
 def timestep_embedding(t: Tensor, dim: int) -> Tensor:
@@ -494,7 +494,7 @@ class DDIM:
     eta, ends_without_noise = 0.0, False  # SD's DDIM ends at the first timestep of the schedule
 
     def __init__(self, config: Config, steps: int, strength: float = 1.0):
-        """Spaces `steps` over the schedule and keeps the last `strength` of them, at least one."""
+        """Spaces `steps` over the schedule and keeps the last fraction `strength` of them, at least one."""
         schedule = noise_schedule(config)
         self.timesteps = self.spacing(steps, config.timesteps)[-max(1, int(steps * strength)) :]
         last = 1.0 if self.ends_without_noise else schedule[0].item()
@@ -540,12 +540,12 @@ class DPMPlusPlus(DDIM):
     def step(self, i: int, latents: Tensor, noise_pred: Tensor, noise: Tensor) -> Tensor:
         a_t, a_prev = self.alphas_cumprod[i : i + 2]
         h = self.half_log_snr(i + 1) - self.half_log_snr(i)
-        x0 = direction = self.predict_x0(i, latents, noise_pred)
+        x0 = estimate = self.predict_x0(i, latents, noise_pred)
         if 0 < i < len(self.timesteps) - 1:
             r = (self.half_log_snr(i) - self.half_log_snr(i - 1)) / h
-            direction = x0 + 1 / (2 * r) * (x0 - self.last_x0)
+            estimate = x0 + 1 / (2 * r) * (x0 - self.last_x0)
         self.last_x0 = x0
-        return ((1 - a_prev) / (1 - a_t)) ** 0.5 * latents - a_prev**0.5 * math.expm1(-h) * direction
+        return ((1 - a_prev) / (1 - a_t)) ** 0.5 * latents - a_prev**0.5 * math.expm1(-h) * estimate
 
     def half_log_snr(self, i: int) -> float:
         """The paper's lambda: half the logarithm of the signal-to-noise ratio."""
@@ -596,7 +596,7 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 @dataclass
 class Settings:
-    """The arguments of `generate`."""
+    """The arguments of `denoise` and, but for `progress`, of `generate`."""
 
     prompt: str | list[str]
     negative: str = ""
@@ -622,7 +622,7 @@ class Settings:
         width = self.width = width // unit * unit if self.width is None else self.width
         height = self.height = height // unit * unit if self.height is None else self.height
         last_seed = 2**64 - self.n * len(self.prompt)
-        check("prompt", "an empty list", self.prompt, "a text or a list of some")
+        check("prompt", "an empty list", self.prompt, "a string or a list of strings")
         check("steps", self.steps, 1 <= self.steps <= config.timesteps, f"from 1 to {config.timesteps}")
         check("guidance", self.guidance, math.isfinite(self.guidance), "a finite number, 1 for none")
         check("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
@@ -678,7 +678,7 @@ class StableDiffusion(nn.Module):
 
     @contextmanager
     def on_device(self, model: nn.Module) -> Iterator[torch.dtype]:
-        """Yields the dtype of `model`, which is on the device meanwhile and, with offload, only then."""
+        """Moves `model` to the device, with offload only for this block of code; yields its dtype."""
         kept = [(parameter, parameter.data) for parameter in model.parameters()]
         try:
             for parameter, data in kept:
@@ -695,12 +695,12 @@ class StableDiffusion(nn.Module):
                 most = self.tokenizer.length - 2
                 warnings.warn(f"a prompt has over {most} tokens; dropped: {' '.join(words)}", stacklevel=2)
         ids = torch.tensor([self.tokenizer(text) for text in texts], device=self.device)  # (B, T)
-        with self.on_device(self.text_encoder):
+        with self.on_device(self.text_encoder), torch.no_grad():
             return self.text_encoder(ids)
 
     def encode(self, images: Tensor, noise: Tensor | float = 0.0) -> Tensor:
         """(B, 3, H, W) in [-1, 1] -> latents (B, C, h, w), scaled: the mean or, with noise, a sample"""
-        with self.on_device(self.vae) as dtype:
+        with self.on_device(self.vae) as dtype, torch.no_grad():
             mean, logvar = self.vae.encode(images.to(self.device, dtype))  # (B, C, h, w) each
             if dtype == torch.float16 and not mean.isfinite().all():  # it overflowed
                 mean, logvar = deepcopy(self.vae).float().encode(images.to(self.device))
@@ -709,8 +709,8 @@ class StableDiffusion(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Latents (B, C, h, w), scaled -> images (B, 3, H, W), about [-1, 1]"""
         images = []
-        with self.on_device(self.vae) as dtype:
-            for latent in (latents.to(self.device) / self.config.latent_scale).split(1):  # to save memory
+        with self.on_device(self.vae) as dtype, torch.no_grad():
+            for latent in (latents.to(self.device) / self.config.latent_scale).split(1):  # saves memory
                 image = self.vae.decode(latent.to(dtype))
                 if dtype == torch.float16 and not image.isfinite().all():
                     image = deepcopy(self.vae).float().decode(latent)
@@ -728,7 +728,7 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def denoise(self, prompt: str | list[str], negative: str = "", **settings: Any) -> Iterator[Step]:
-        """Runs the reverse process; takes the arguments of `generate` and yields a Step after each step."""
+        """Runs the reverse process with the arguments in Settings and yields a Step after each step."""
         s = Settings(prompt, negative, **settings).resolve(self.config)
         cond = self.embed([text for text in s.prompt for _ in range(s.n)])  # (B, T, text_dim)
         uncond = self.embed([s.negative]).expand_as(cond)
@@ -742,13 +742,13 @@ class StableDiffusion(nn.Module):
 
         latents = draw()
         if s.image:
-            original = self.encode(to_tensor(s.image), latents)  # (B, C, h, w)
+            original = self.encode(to_tensor(s.image), latents)  # (B, C, h, w), a sample for each seed
             noise = draw()
             latents = add_noise(original, noise, sampler.alphas_cumprod[0])
         if s.mask:
             white = torch.from_numpy(np.array(s.mask))[None] >= 128  # (1, H, W)
             redrawn = F.max_pool2d(white.float(), unit).bool().to(self.device)  # (1, h, w)
-            known = [*sampler.alphas_cumprod[1:-1], 1.0]  # alphas_cumprod of the rest of the image
+            known = [*sampler.alphas_cumprod[1:-1], 1.0]  # of the rest, at the end without noise
         with self.on_device(self.unet):
             for i, t in enumerate(sampler.timesteps):
                 noise_pred = self.predict_noise(latents, t, cond, uncond, s.guidance)
@@ -763,7 +763,7 @@ class StableDiffusion(nn.Module):
         self, prompt: str | list[str], negative: str = "", *, progress: bool = True, **settings: Any
     ) -> list[Image.Image]:
         """Generates images; Settings has the other arguments. Image i has the seed `seed + i`.
-        Its `info` has its "seed" and, as "parameters", all settings. Raises ValueError."""
+        Its `info` has its "seed" and, as "parameters", the settings. Raises ValueError."""
         s = Settings(prompt, negative, **settings).resolve(self.config)
         total = len(SAMPLERS[s.sampler](self.config, s.steps, s.strength).timesteps)
         for step in tqdm(self.denoise(**vars(s)), total=total, disable=not progress):
@@ -813,7 +813,7 @@ NAMES = {  # ours: CompVis's and, where it is another one, diffusers'
 
 
 def level_names(config: Config) -> dict[str, dict[str, str]]:
-    """NAMES for levels. CompVis counts the decoder's from the image down, and the UNet's blocks in one go."""
+    """NAMES of levels, some to spare. CompVis counts decoder levels backwards, UNet blocks in one go."""
     vae, unet, last = {}, {}, len(config.vae_channels) - 1
     for i in range(last + 1):
         for j in range(config.vae_blocks + 1):
@@ -834,7 +834,7 @@ def level_names(config: Config) -> dict[str, dict[str, str]]:
 
 
 def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[str, str]:
-    """Each of our names -> the name with a dialect's words; the longest match counts"""
+    """Each of our names -> the name with a dialect's words; the longest match wins"""
     longest_first = sorted(map(re.escape, words), key=len, reverse=True)
     word = re.compile(rf"(?<![^.])(?:{'|'.join(longest_first)})(?=\.|$)")
     return {name: word.sub(lambda match: words[match[0]].split()[dialect], name) for name in names}
@@ -893,7 +893,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 class Placeholder:
-    """Stands for objects of training frameworks, which a .ckpt may hold beside its tensors; does nothing."""
+    """Stands for objects of training frameworks, which a .ckpt may hold besides its tensors; does nothing."""
 
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
@@ -919,7 +919,7 @@ UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comp
     r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"
     r"|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
 )
-FAMILIES = {  # other models, and a tensor that tells them, by its name and the second number of its shape
+FAMILIES = {  # other models: a pattern for the name of one of their tensors and the second size of its shape
     "a LoRA": r"lora[_.]|\.hada_w1|\.lokr_w1",
     "a ControlNet or a textual inversion": r"^(control_model\.|controlnet_|string_to_param|emb_params)",
     "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2\.to_k\.weight 1024$",
@@ -968,7 +968,7 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
     """The tensors of a diffusers folder, the fields of its Config, and the maps."""
     suffixes = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
-    tensors, fields, maps = {}, {}, []  # type: ignore[var-annotated]
+    tensors, sizes, maps = {}, {}, []  # type: ignore[var-annotated]
     for part in PREFIXES:
         files = [file for end in suffixes for stem in stems if (file := path / part / (stem + end)).is_file()]
         check(f"{part}/", "without weights", files, "part of a whole diffusers folder")
@@ -987,9 +987,9 @@ def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.m
             raise ValueError(f"{file}: {one_line(error)}") from error
         for name, value in settings.items():
             value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
-            first = fields.setdefault(names[name], value) if name in names else value
+            first = sizes.setdefault(names[name], value) if name in names else value
             check(f"{part}'s {name}", value, value == first, f"{first}, as for another part")
-    return tensors, fields, maps
+    return tensors, sizes, maps
 
 
 def pick_device(name: Any) -> torch.device:
@@ -1012,13 +1012,13 @@ def load(
         raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
     try:
         tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
-        fields = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
-        if not fields:
+        sizes = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
+        if not sizes:
             refuse_other_models(tensors)
         for old, new in OLD_NAMES.items():
             tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
         with torch.device("meta"):
-            model = StableDiffusion(Config(**fields))
+            model = StableDiffusion(Config(**sizes))
     except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
         if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
             raise
@@ -1038,7 +1038,7 @@ def load(
         else:  # convolutions are faster in channels_last
             layout = torch.channels_last if len(shape) == 4 else torch.preserve_format
             state[name] = tensor.detach().reshape(shape).to(home, dtype, memory_format=layout)
-            for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original may leave the memory
+            for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original's pages can be freed
                 data.madvise(mmap.MADV_DONTNEED)
     if wrong:
         raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole checkpoint")
@@ -1110,10 +1110,10 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def reuse_memory() -> None:
-    """Makes this process keep freed memory: to get it back from Linux takes a tenth of a step's time."""
+    """Makes this process keep freed memory: getting it back from Linux takes a tenth of a step's time."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: larger blocks are returned
+        libc.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: only larger blocks are returned
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -1151,9 +1151,9 @@ def generate_files(arguments: list[str]) -> None:
     check("strength", "given", args.strength is None or args.image, "used with an image only")
     args.image = args.image and open_image(args.image)
     args.mask = args.mask and open_image(args.mask, background="black")
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
-    replace(settings).resolve(Config(vae_channels=(32,)))  # reports what no model can do before loading
+    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
+    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    replace(settings).resolve(Config(vae_channels=(32,)))  # reports what SD v1 cannot do before loading
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     model = load(args.weights, device, FLOATS[dtype], args.offload)
@@ -1169,7 +1169,7 @@ def generate_files(arguments: list[str]) -> None:
     if args.compile:
         model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
     for i in range(args.n):  # one by one, so that each is saved when it is done
-        settings = replace(settings, seed=settings.seed + (i > 0), n=1)
+        settings = replace(settings, seed=settings.seed + (i > 0), n=1)  # the next seed
         [image] = model.generate(**vars(settings), progress=sys.stderr.isatty())
         print(save_image(image, args.out), flush=True)
 

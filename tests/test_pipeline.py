@@ -138,7 +138,7 @@ def test_full_size_matches_diffusers(full, tmp_path):
 
 
 def test_encode_and_decode_match_diffusers(small_model, reference):
-    """Latents are scaled as in diffusers' pipelines."""
+    """Latents are scaled as in diffusers' pipelines. No gradients are kept."""
     image = torch.rand(2, 3, 40, 56, generator=seeded(0)) * 2 - 1
     noise = torch.randn(2, 4, 5, 7, generator=seeded(1))
     with torch.no_grad():
@@ -147,6 +147,8 @@ def test_encode_and_decode_match_diffusers(small_model, reference):
         assert relative_error(small_model.encode(image), theirs.mean * scale) < 1e-5
         assert relative_error(small_model.encode(image, noise), sample * scale) < 1e-5
         assert relative_error(small_model.decode(noise), reference.vae.decode(noise / scale).sample) < 1e-5
+    results = small_model.encode(image), small_model.decode(noise), small_model.embed([PROMPT])
+    assert not any(result.requires_grad for result in results)
 
 
 # ---------------------------------------------------------------------------------------------------- denoise
