@@ -6,7 +6,6 @@ The tokenizer (section 2) turns the prompt into ids, and the text encoder (4) tu
 latents, which are an eighth of an image's size and begin as noise, the UNet (6) predicts the noise, and a
 sampler (7) removes some of it, step by step. The autoencoder (5) decodes them; the pipeline (8) connects all.
 Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
-
 Shapes have B for batch, T and S tokens, D and d dimensions, C channels, H W pixels, h w sizes of latents.
 
 Rombach et al. 2022, "High-Resolution Image Synthesis with Latent Diffusion Models", arXiv:2112.10752
@@ -1181,6 +1180,7 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
     try:
         return run(sys.argv[1:]) or 0
     except KeyboardInterrupt:
+        sys.unraisablehook = lambda _: None  # what a half-made progress bar raises when it is deleted
         return 130
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         place = getattr(error, "filename", None)

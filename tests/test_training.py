@@ -1117,6 +1117,7 @@ BAD_OPTIONS = [
     (["--config", tiny(vae_channels=[8, 8, 8, 8]), "--resolution", 20], "multiple of 8"),
     (["--init", "missing.ckpt"], "missing.ckpt"), (["--init", "text.json"], "text.json"),
     (["--init", "missing.ckpt", "--config", tiny()], "config is given and must be left out"),
+    (["--bert", "folder"], "bert is set and must be used with --text-encoder bert"),
     (["--config", "{no JSON"], "config"), (["--config", ""], "config"), (["--config", "5"], "config"),
     (["--config", "[1]"], "config"), (["--config", "missing.json"], "missing.json"),
     (["--config", "text.json"], "text.json"), (["--config", '{"no_such_field": 1}'], "no_such_field"),

@@ -68,7 +68,7 @@ class Settings:
     drop_text: float = option(0.1, "share of empty captions, for guidance (0.1)")
     min_snr: float = option(math.inf, "gamma of min-SNR loss weights (none)")
     text_encoder: str = option("clip", "or bert (clip)")
-    bert: Path = option(sd.HERE / "weights/bert-base-uncased", "its folder (weights/bert-base-uncased)")
+    bert: Path | None = option(None, "its folder (weights/bert-base-uncased)")
     train_text_encoder: bool = option(False, "train it with the UNet")
     checkpointing: bool = option(False, "recompute activations: less memory, slower steps")
     save_every: int = option(1000, "steps (1000)")
@@ -82,9 +82,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         for each in fields(self):
-            value = getattr(self, each.name)
-            if type_of(each) is Path and value is not None:
-                setattr(self, each.name, Path(os.path.expanduser(value)))
+            if type_of(each) is Path and (path := getattr(self, each.name)) is not None:
+                setattr(self, each.name, Path(os.path.expanduser(path)))
         rules = {
             "over 0": (lambda x: x > 0, "steps batch_size accumulate save_every resolution clip min_snr"),
             "over 0 and finite": (lambda x: 0 < x < math.inf, "lr"),
@@ -103,6 +102,7 @@ class Settings:
         sd.check("out", self.out, writable, "a .safetensors in a folder that can be written to")
         free = self.resume or not self.out.exists()
         sd.check("out", self.out, free, "a new file; to continue with this one, add --resume")
+        sd.check("bert", "set", self.text_encoder == "bert" or not self.bert, "used with --text-encoder bert")
         sd.check("config", "given", not (self.init and self.config), "left out: --init has its own")
 
 
@@ -165,7 +165,7 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
         return model
     from weights import bert
 
-    fields, text_encoder = bert.read_bert(settings.bert)
+    fields, text_encoder = bert.read_bert(settings.bert or sd.HERE / "weights/bert-base-uncased")
     new = new_model(replace(model.config, **fields), settings.seed)
     new.text_encoder, new.vae = text_encoder, model.vae
     if new.config.text_dim == model.config.text_dim:
