@@ -17,7 +17,7 @@ setup: .venv/run .venv/test
 	touch $@
 
 run: .venv/run
-	$(PYTHON) sd.py --prompt "$$PROMPT"
+	$(PYTHON) sd.py --prompt "$$PROMPT" $(ARGS)
 
 test: .venv/test
 	$(PYTHON) -m pytest tests -m "not long"

@@ -23,13 +23,19 @@ import sys
 import unicodedata
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
 from itertools import accumulate, count, pairwise
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO, NamedTuple
+
+if __name__ == "__main__":  # before the imports that take a second
+    sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for longer stall where a core is busy
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
 import regex
@@ -70,13 +76,14 @@ class Config:
     timesteps: int = 1000
     beta_start: float = 0.00085
     beta_end: float = 0.012
+    prediction: str = "epsilon"  # what the UNet predicts: epsilon (the noise) or v_prediction
 
     def __post_init__(self) -> None:
         for field in fields(self):
             name, default, value = field.name, getattr(Config, field.name), getattr(self, field.name)
             value = tuple(value) if isinstance(default, tuple) else value  # JSON has lists for tuples
             object.__setattr__(self, name, value)
-            if name != "vocabulary":
+            if name not in ("vocabulary", "prediction"):
                 numbers = value if isinstance(default, tuple) else (value,)
                 kind = type(default[0] if isinstance(default, tuple) else default)
                 most = 32 if name.endswith(("_layers", "_blocks")) else 2**20
@@ -88,12 +95,13 @@ class Config:
         check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
         check("unet_channels", self.unet_channels, self.unet_channels[0] % 2 == 0, "even at the first level")
         check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
-        check("beta_start", self.beta_start, self.beta_start >= 1e-9, "1e-9 or more")
-        check("beta_end", self.beta_end, self.beta_start <= self.beta_end < 1, "from beta_start to below 1")
-        for channels in self.unet_channels:
-            check("unet_heads", heads, channels % heads == 0, f"a divisor of {channels}")
-        for channels in self.unet_channels + self.vae_channels:
-            check("norm_groups", groups, channels % groups == 0, f"a divisor of {channels}")
+        betas = f"{self.beta_start} to {self.beta_end}"
+        check("beta_start to beta_end", betas, 1e-9 <= self.beta_start <= self.beta_end < 1, "within (0, 1)")
+        right = self.prediction in ("epsilon", "v_prediction")
+        check("prediction", self.prediction, right, "epsilon or v_prediction")
+        channels = self.unet_channels + self.vae_channels
+        check("unet_heads", heads, math.gcd(*self.unet_channels) % heads == 0, "a divisor of unet_channels")
+        check("norm_groups", groups, math.gcd(*channels) % groups == 0, f"a divisor of {channels}")
 
     @property
     def downscale(self) -> int:
@@ -553,15 +561,35 @@ class DPMPlusPlus(DDIM):
 
 
 SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusPlus}
+SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # ComfyUI's and AUTOMATIC1111's: ours
 
 
 # ------------------------------------------------------------------------------------------------- 8 pipeline
 # Images in and out, the settings, and from a prompt to an image: `denoise` and `generate`.
 
 
+def one_line(error: object) -> str:
+    """The message of an exception or a warning, without line breaks."""
+    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+
+
+@contextmanager
+def reading(path: Any) -> Iterator[None]:
+    """Turns whatever fails in a foreign file into a ValueError of one line about the file."""
+    try:
+        yield
+    except Exception as error:  # damaged files fail in many ways; PyTorch explains some in four paragraphs
+        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
+            raise
+        paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
+        missing = " is missing" if isinstance(error, KeyError) else ""
+        reason = re.sub(paragraphs, "", one_line(error))[:300] + missing
+        raise ValueError(f"{path}: {reason}; use another one, or download it again") from error
+
+
 def open_image(source: Any, background: str = "white") -> Image.Image:
     """A file or an image -> the image in RGB, upright, with `background` where it is transparent."""
-    try:
+    with reading(source):
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = source if isinstance(source, Image.Image) else Image.open(os.path.expanduser(source))
@@ -573,13 +601,6 @@ def open_image(source: Any, background: str = "white") -> Image.Image:
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
-    except Exception as error:  # damaged files fail in many ways
-        raise ValueError(f"{source}: unusable as an image: {one_line(error)}; use a still PNG") from error
-
-
-def one_line(error: object) -> str:
-    """The message of an exception or a warning, without line breaks."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -641,10 +662,10 @@ class Settings:
 
     def parameters(self, i: int, model: str) -> str:
         """The resolved settings of image i, as AUTOMATIC1111's web UI writes and reads them."""
-        sampler = {"ddpm": "DDPM", "ddim": "DDIM", "dpm++": "DPM++ 2M"}[self.sampler]
+        [sampler] = [theirs for theirs, ours in SAMPLER_NAMES.items() if ours == self.sampler]
         model = json.dumps(model) if re.search(r'[,:"\n]', model) else model
         text = f"Steps: {self.steps}, Sampler: {sampler}, CFG scale: {self.guidance:.15g}, "
-        text += f"Seed: {self.seed + i}, Size: {self.width}x{self.height}, Model: {model}"
+        text += f"Seed: {self.seed + i}, Size: {self.width}x{self.height}, RNG: CPU, Model: {model}"
         text += f", Denoising strength: {self.strength:.15g}" if self.image else ""
         negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
         return f"{self.prompt[i // self.n]}{negative}\n{text}"
@@ -693,6 +714,8 @@ class StableDiffusion(nn.Module):
             if words := self.tokenizer.dropped(text):
                 most = self.tokenizer.length - 2
                 warnings.warn(f"a prompt has over {most} tokens; dropped: {' '.join(words)}", stacklevel=2)
+            if weight := re.search(r"\([^()]*:[\d.]+\)", text):
+                warnings.warn(f"{weight[0]} is plain text to CLIP: weights are not built in", stacklevel=2)
         ids = torch.tensor([self.tokenizer(text) for text in texts], device=self.device)  # (B, T)
         with self.on_device(self.text_encoder), torch.no_grad():
             return self.text_encoder(ids)
@@ -718,12 +741,17 @@ class StableDiffusion(nn.Module):
 
     def predict_noise(self, latents: Tensor, t: int, cond: Tensor, uncond: Tensor, guidance: float) -> Tensor:
         """Classifier-free guidance (Ho and Salimans 2022, eq. 6, arXiv:2207.12598; `guidance` is 1 + w)"""
-        latents, timesteps = latents.to(cond.dtype), torch.full((len(latents),), t, device=latents.device)
+        x, timesteps = latents.to(cond.dtype), torch.full((len(latents),), t, device=latents.device)
         if guidance == 1:
-            return self.unet(latents, timesteps, cond).float()
-        both = self.unet(latents.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond, cond])).float()
-        noise_uncond, noise_cond = both.chunk(2)
-        return noise_uncond + guidance * (noise_cond - noise_uncond)
+            predicted = self.unet(x, timesteps, cond).float()
+        else:
+            both = self.unet(x.repeat(2, 1, 1, 1), timesteps.repeat(2), torch.cat([uncond, cond])).float()
+            from_uncond, from_cond = both.chunk(2)
+            predicted = from_uncond + guidance * (from_cond - from_uncond)
+        if self.config.prediction == "v_prediction":  # Salimans and Ho 2022, app. D, arXiv:2202.00512
+            a_t = noise_schedule(self.config)[t].item()
+            predicted = a_t**0.5 * predicted + (1 - a_t) ** 0.5 * latents
+        return predicted
 
     @torch.no_grad()
     def denoise(self, prompt: str | list[str], negative: str = "", **settings: Any) -> Iterator[Step]:
@@ -782,7 +810,10 @@ class StableDiffusion(nn.Module):
 
 COMPVIS, DIFFUSERS = 0, -1  # which of the words in NAMES
 CONFIG_KEY = "sd.py"  # in a file's metadata, for the Config as JSON
-
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 PREFIXES = {
     "text_encoder": "cond_stage_model.transformer.text_model. text_encoder.text_model.",
     "vae": "first_stage_model. vae.", "unet": "model.diffusion_model. unet."}  # fmt: skip
@@ -839,21 +870,15 @@ def rename(names: Iterable[str], words: dict[str, str], dialect: int) -> dict[st
     return {name: word.sub(lambda match: words[match[0]].split()[dialect], name) for name in names}
 
 
-def names_in(dialect: int, model: StableDiffusion) -> dict[str, str]:
-    """Our name of each tensor of the model -> its name in a dialect"""
+def names_in(dialect: int, model: StableDiffusion, parts: Iterable[str] = PREFIXES) -> dict[str, str]:
+    """Our name of each tensor of these parts of the model -> its name in a dialect"""
     names: dict[str, str] = {}
-    words = NAMES | getattr(model.text_encoder, "NAMES", {})  # BERT has its own
-    for part, levels in level_names(model.config).items():
-        renamed = rename(model.get_submodule(part).state_dict(), words[part] | levels, dialect)
+    words, levels = NAMES | getattr(model.text_encoder, "NAMES", {}), level_names(model.config)  # BERT's
+    for part in parts:
+        renamed = rename(model.get_submodule(part).state_dict(), words[part] | levels[part], dialect)
         prefix = PREFIXES[part].split()[dialect]
         names |= {f"{part}.{ours}": prefix + theirs for ours, theirs in renamed.items()}
     return names
-
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
 
 
 def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
@@ -914,35 +939,28 @@ OLD_NAMES = {  # spellings of older files, and today's
     r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model.",
     r"0\.query": "0.to_q", r"0\.key": "0.to_k", r"0\.value": "0.to_v", r"0\.proj_attn": "0.to_out.0",
 }  # fmt: skip
+LORA_NAMES = {  # kohya's and PEFT's names, and ours: diffusers' with underscores, then .up, .down or .alpha
+    r"\.": "_", r"^lora_unet": "unet", r"^(lora_te|text_encoder)_(text_model_)?": "text_encoder_text_model_",
+    r"_lora_(down|A)_weight$": ".down", r"_lora_(up|B)_weight$": ".up", r"_alpha$": ".alpha"}  # fmt: skip
 UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comparing texts with images takes
-    r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?)$"
+    r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?|v_pred)$"
     r"|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
 )
-FAMILIES = {  # other models: a pattern for the name of one of their tensors and the second size of its shape
-    "a LoRA": r"lora[_.]|\.hada_w1|\.lokr_w1",
+FAMILIES = {  # of models: a pattern for the name of one of their tensors and the second size of its shape
+    "a LoHa, a LoKr or a DoRA": r"\.hada_w1|\.lokr_w1|dora_scale|\.lora_mid\.|lora_magnitude_vector",
     "a ControlNet or a textual inversion": r"^(control_model\.|controlnet_|string_to_param|emb_params)",
-    "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2\.to_k\.weight 1024$",
-    "Stable Diffusion XL": r"^conditioner\.|attn2\.to_k\.weight 2048$",
-    "FLUX or Stable Diffusion 3": r"double_blocks\.|joint_blocks\.",
-    "an inpainting or InstructPix2Pix UNet": r"(input_blocks\.0\.0|^unet\.conv_in)\.weight [89]$",
-    "a VAE or a UNet alone": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)|^(input|down)_blocks\.",
+    "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2[._]to_k\.\S*weight 1024$",
+    "Stable Diffusion XL": r"^conditioner\.|attn2[._]to_k\.\S*weight 2048$|^lora_te[12]_",
+    "FLUX or Stable Diffusion 3": r"double_blocks[._]|joint_blocks[._]",
+    "an inpainting or InstructPix2Pix UNet": r"(input_blocks\.0\.0|^conv_in)\.weight [89]$",
+    "a model with zero terminal SNR": r"^ztsnr$",
+    "a LoRA": r"lora[_.]",
+    "a checkpoint": r"^model\.diffusion_model\.",
+    "a VAE or a UNet": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)|^(input|down)_blocks\.",
 }
-
-
-def read_file(path: Path) -> tuple[dict[str, Any], dict[str, str], list[mmap.mmap]]:
-    """The tensors of a file under its own names, its metadata, and the map that they lie in."""
-    check("the file", "empty", path.stat().st_size > 0, "downloaded again")
-    with open(path, "rb") as file:
-        data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy on write: the file stays as it is
-    if data[8:9] == b"{":
-        return *read_safetensors(data), [data]
-    check("this", "a Git LFS pointer", data[:23] != b"version https://git-lfs", "replaced by `git lfs pull`")
-    check("this", "a web page", data[:256].lstrip()[:1] != b"<", "replaced by the file that it links to")
-    return *read_pickle(path), []
-
-
 DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_dim is the number of heads
-    "scheduler": {"num_train_timesteps": "timesteps", "beta_start": "beta_start", "beta_end": "beta_end"},
+    "scheduler": {"num_train_timesteps": "timesteps", "prediction_type": "prediction",
+        "beta_start": "beta_start", "beta_end": "beta_end"},
     "text_encoder": {
         "vocab_size": "vocab_size", "max_position_embeddings": "text_length", "hidden_size": "text_dim",
         "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads"},
@@ -955,40 +973,83 @@ DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_di
         "cross_attention_dim": "text_dim", "down_block_types": "unet_attention"}}  # fmt: skip
 
 
-def refuse_other_models(tensors: dict[str, Any]) -> None:
-    """Raises ValueError for the tensors of another model than Stable Diffusion v1."""
-    for name, tensor in tensors.items():
-        name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
-        for family, pattern in FAMILIES.items():
-            check("this", family, not re.search(pattern, name), "Stable Diffusion v1")
+def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
+    """The tensors of a file that must be of this kind, its Config's fields, and the map that they lie in."""
+    with reading(path):
+        with open(path, "rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy on write: the file stays as is
+        stub = data[8:9] != b"{" and re.match(rb"version https://git-lfs|\s*<", data)
+        check("this", "a Git LFS pointer or a web page", not stub, "the file itself (try `git lfs pull`)")
+        tensors, metadata = read_safetensors(data) if data[8:9] == b"{" else read_pickle(path)
+        for name, tensor in tensors.items() if CONFIG_KEY not in metadata else []:
+            name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
+            for family, pattern in FAMILIES.items():
+                check("this", family, family == kind or not re.search(pattern, name), f"{kind} of SD v1")
+        sizes = metadata.get(CONFIG_KEY, metadata.get("lora_adapter_metadata", "{}"))  # ours or PEFT's
+        return tensors, dict(json.loads(sizes)), [data]
 
 
-def read_folder(path: Path) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
-    """The tensors of a diffusers folder, the fields of its Config, and the maps."""
+def read_folder(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
+    """The same of parts of a model in diffusers' layout; the names of tensors begin with their part's."""
     suffixes = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     tensors, sizes, maps = {}, {}, []  # type: ignore[var-annotated]
-    for part in PREFIXES:
-        files = [file for end in suffixes for stem in stems if (file := path / part / (stem + end)).is_file()]
-        check(f"{part}/", "without weights", files, "part of a whole diffusers folder")
-        try:
-            found, _, data = read_file(files[0])
-        except Exception as error:
-            raise ValueError(f"{files[0]}: {one_line(error)}") from error
-        tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
-        maps += data
-    refuse_other_models(tensors)
-    for part, names in DIFFUSERS_CONFIG.items():
-        file = path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
-        try:
+    for part, folder in folders.items():
+        files = [file for end in suffixes for stem in stems if (file := folder / (stem + end)).is_file()]
+        if part != "scheduler":
+            check(str(folder), "without weights", files, "part of a whole diffusers folder")
+            found, _, data = read_file(files[0], "a VAE or a UNet")
+            tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
+            maps += data
+        file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
+        with reading(file):
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        except ValueError as error:
-            raise ValueError(f"{file}: {one_line(error)}") from error
-        for name, value in settings.items():
-            value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
-            first = sizes.setdefault(names[name], value) if name in names else value
-            check(f"{part}'s {name}", value, value == first, f"{first}, as for another part")
+            check("rescale_betas_zero_snr", "true", not settings.get("rescale_betas_zero_snr"), "false")
+            for name, value in settings.items():
+                value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
+                if ours := DIFFUSERS_CONFIG[part].get(name):
+                    first = sizes.setdefault(ours, value)
+                    check(name, value, value == first, f"{first}, as for another part")
     return tensors, sizes, maps
+
+
+def fit(path: Path, tensors: dict[str, Any], model: StableDiffusion, names: dict[str, str]) -> dict[str, Any]:
+    """Our name of each tensor -> the file's, in our shape. Raises ValueError; warns of tensors left over."""
+    for old, new in OLD_NAMES.items():
+        tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+    state, wrong = {}, []
+    for name, theirs in names.items():
+        tensor, shape = tensors.pop(theirs, None), model.get_parameter(name).shape
+        if not isinstance(tensor, Tensor):
+            wrong.append(f"{theirs} is missing")
+        elif tensor.shape[:2] != shape[:2] or tensor.numel() != shape.numel():  # 1x1 convolutions end in ones
+            wrong.append(f"{theirs} has shape {tuple(tensor.shape)} and not {tuple(shape)}")
+        else:
+            state[name] = tensor.detach().reshape(shape)
+    if wrong:
+        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole checkpoint")
+    if unused := [name for name in tensors if not UNNEEDED.search(name)]:
+        warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused[:3])}", stacklevel=2)
+    return state
+
+
+def merge_lora(model: StableDiffusion, state: dict[str, Tensor], path: Path, scale: float) -> None:
+    """W += scale * alpha / rank * up @ down for each layer of a LoRA, where convolutions count as matrices
+    (Hu et al. 2021, sec. 4.1, arXiv:2106.09685). Raises ValueError; warns of tensors that fit no layer."""
+    tensors, about, _ = read_file(path, "a LoRA")
+    with reading(path):
+        for old, new in LORA_NAMES.items():
+            tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
+        for ours, theirs in names_in(DIFFUSERS, model).items():
+            layer = theirs.removesuffix(".weight").replace(".", "_")
+            if f"{layer}.up" in tensors:
+                up, down = (tensors.pop(f"{layer}.{end}").float().flatten(1) for end in ("up", "down"))
+                alpha = about.get(f"{theirs.split('.')[0]}.lora_alpha", len(down))  # in PEFT's metadata
+                ratio, weight = tensors.pop(f"{layer}.alpha", alpha) / len(down), state[ours]
+                delta = (scale * ratio * up @ down).unflatten(1, weight.shape[1:])  # (out, in)
+                state[ours] = (weight + delta.to(weight.device)).to(weight.dtype)
+    if rest := list(tensors):
+        warnings.warn(f"{path}: {len(rest)} tensors fit no layer: {', '.join(rest[:3])}", stacklevel=3)
 
 
 def pick_device(name: Any) -> torch.device:
@@ -1002,48 +1063,41 @@ def pick_device(name: Any) -> torch.device:
 
 
 def load(
-    path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False
-) -> StableDiffusion:
-    """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. With
-    `offload`, each part of the model is on `device` only while it runs. Raises OSError or ValueError."""
+    path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False,
+    vae: str | Path | None = None, loras: Mapping[Any, float] = {},
+) -> StableDiffusion:  # fmt: skip
+    """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. `vae`,
+    such a file or folder, takes its VAE's place; `loras` are merged, {path: scale}. With `offload`, each part
+    of the model is on `device` only while it runs. Raises ValueError."""
     path, device = Path(os.path.expanduser(path)), pick_device(device)
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or folder; weights/README.md says where to get one")
-    try:
-        tensors, about, maps = read_folder(path) if path.is_dir() else read_file(path)
-        sizes = about if path.is_dir() else json.loads(about.get(CONFIG_KEY, "{}"))
-        if not sizes:
-            refuse_other_models(tensors)
-        for old, new in OLD_NAMES.items():
-            tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
-        with torch.device("meta"):
-            model = StableDiffusion(Config(**sizes))
-    except Exception as error:  # a damaged file fails in many ways; PyTorch explains some in four paragraphs
-        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
-            raise
-        paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
-        reason = re.sub(paragraphs, "", one_line(error))[:300]
-        raise ValueError(f"{path}: {reason}; use another checkpoint, or download it again") from error
-    target, home = model.state_dict(), torch.device("cpu") if offload else device
-    state, wrong = {}, []
-    for name, theirs in names_in(DIFFUSERS if path.is_dir() else COMPVIS, model).items():
-        tensor, shape = tensors.pop(theirs, None), target[name].shape
-        if not isinstance(tensor, Tensor):
-            wrong.append(f"{theirs} is missing")
-        elif tensor.shape[:2] != shape[:2] or tensor.numel() != shape.numel():  # 1x1 convolutions end in ones
-            wrong.append(f"{theirs} has shape {tuple(tensor.shape)} and not {tuple(shape)}")
-        elif tensor.dtype == dtype and home.type == "cpu":
-            state[name] = tensor.detach().reshape(shape)
-        else:  # convolutions are faster in channels_last
-            layout = torch.channels_last if len(shape) == 4 else torch.preserve_format
-            state[name] = tensor.detach().reshape(shape).to(home, dtype, memory_format=layout)
+    check(str(path), "missing", path.exists(), "downloaded, as weights/README.md says")
+    if path.is_dir():
+        tensors, sizes, maps = read_folder({part: path / part for part in DIFFUSERS_CONFIG})
+    else:
+        tensors, sizes, maps = read_file(path, "a checkpoint")
+    sizes |= {"prediction": "v_prediction"} if "v_pred" in tensors else {}
+    with reading(path), torch.device("meta"):
+        model = StableDiffusion(Config(**sizes))
+    state = fit(path, tensors, model, names_in(DIFFUSERS if path.is_dir() else COMPVIS, model))
+    if vae:
+        vae = Path(os.path.expanduser(vae))
+        tensors, sizes, own = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE or a UNet")
+        dialect = DIFFUSERS if any("mid_block" in name for name in tensors) else COMPVIS
+        prefix = PREFIXES["vae"].split()[dialect]
+        tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+        state |= fit(vae, tensors, model, names_in(dialect, model, ["vae"]))
+        latent_scale = sizes.get("latent_scale", model.config.latent_scale)
+        model.config, maps = replace(model.config, latent_scale=latent_scale), maps + own
+    home = torch.device("cpu") if offload else device
+    for name, tensor in state.items():
+        if tensor.dtype != dtype or home.type != "cpu":  # convolutions are faster in channels_last
+            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+            state[name] = tensor.to(home, dtype, memory_format=layout)
             for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original's pages can be freed
                 data.madvise(mmap.MADV_DONTNEED)
-    if wrong:
-        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole checkpoint")
+    for file, scale in loras.items():
+        merge_lora(model, state, Path(os.path.expanduser(file)), scale)
     model.load_state_dict(state, assign=True)
-    if unused := [name for name in tensors if not UNNEEDED.search(name)]:
-        warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused[:3])}", stacklevel=2)
     model.name = path.name if path.is_dir() else re.sub(r"\.(safetensors|ckpt)$", "", path.name)
     model.offload_device = device if offload else None
     return model.eval()
@@ -1057,11 +1111,8 @@ def save(model: StableDiffusion, path: str | Path) -> None:
         tensor = model.get_parameter(name).detach()
         convolution = tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name)  # 1x1, in CompVis
         tensors[theirs] = tensor[:, :, None, None] if convolution else tensor
-    write_safetensors(path, tensors, {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))})
-
-
-def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes what `read_safetensors` reads, atomically."""
+    tensors |= {"v_pred": torch.empty(0)} if model.config.prediction == "v_prediction" else {}
+    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}
     header: dict[str, Any] = {"__metadata__": metadata}
     dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     for name, tensor in tensors.items():
@@ -1078,15 +1129,20 @@ def write_safetensors(path: str | Path, tensors: dict[str, Tensor], metadata: di
 # -------------------------------------------------------------------------------------------- 10 command line
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+PNG_NAMES = {  # of settings in the text of a PNG: ours
+    "Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance", "Seed": "seed", "Width": "width",
+    "Height": "height", "Denoising strength": "strength", "Hires upscale": "upscale"}  # fmt: skip
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
     """The options for an image; raises ValueError."""
     parser = argparse.ArgumentParser(allow_abbrev=False, exit_on_error=False)
     parser.usage, option = "python sd.py --prompt TEXT [options]", parser.add_argument
-    option("--prompt", metavar="TEXT", help="what to generate an image of")
+    option("--prompt", metavar="TEXT", help="what to generate an image of, or @FILE with one per line")
     option("--negative", metavar="TEXT", default="", help="what to avoid")
     option("--weights", metavar="PATH", default=DEFAULT_WEIGHTS, type=Path, help="checkpoint (emoji model)")
+    option("--vae", metavar="PATH", type=Path, help="use this autoencoder instead of the checkpoint's")
+    option("--lora", metavar="FILE[:SCALE]", action="append", default=[], help="to merge; repeatable (:1)")
     option("--out", metavar="FILE", default="out.png", type=Path, help="or a free name like it (out.png)")
     option("--steps", metavar="N", default=50, type=int, help="denoising steps, 1 to 1000 (50)")
     option("--guidance", metavar="G", default=7.5, type=float, help="how closely to follow the prompt (7.5)")
@@ -1098,14 +1154,38 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--image", metavar="FILE", type=Path, help="an image to start from")
     option("--strength", metavar="S", type=float, help="how much of it to change, over 0 to 1 (0.8)")
     option("--mask", metavar="FILE", type=Path, help="redraw the image only where this is white")
+    option("--upscale", metavar="F", type=float, help="enlarge by this factor, redraw at strength (0.35)")
+    option("--settings", metavar="PNG", type=Path, help="take the options that made this image")
     option("--device", metavar="D", help="cpu, cuda, cuda:1, mps, ... (the fastest there is)")
     option("--dtype", metavar="D", choices=FLOATS, help="fp32, fp16 or bf16 (fp32 on a CPU, else fp16)")
     option("--offload", action="store_true", help="keep each model on the device only while it runs")
     option("--compile", action="store_true", help="compile the UNet: slow start, faster steps")
     args, unknown = parser.parse_known_args(arguments)
+    if args.settings:
+        parser.set_defaults(**read_settings(args.settings))
+        args, unknown = parser.parse_known_args(arguments)
     check("the option or word", " ".join(unknown[:1]), not unknown, "one that --help shows")
     check("--prompt", "missing", args.prompt is not None, "given")
+    if isinstance(args.prompt, str) and args.prompt.startswith("@"):
+        with reading(args.prompt):
+            lines = Path(os.path.expanduser(args.prompt[1:])).read_text(encoding="utf-8-sig").splitlines()
+        args.prompt = [line.strip() for line in lines if line.strip()]
+    loras = [re.split(r":(?=[-.\d]+$)", lora) for lora in args.lora]
+    args.lora = {file: float(*scale or [1]) for file, *scale in loras}
     return args
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The options in the text that sd.py or AUTOMATIC1111's web UI wrote into a PNG. Raises ValueError."""
+    with reading(path), Image.open(os.path.expanduser(path)) as image:
+        text, _, last = f"\n{image.info['parameters']}".rpartition("\nSteps: ")
+    prompt, _, negative = text[1:].partition("\nNegative prompt: ")
+    last = re.sub(r"Size: (\d+)x(\d+)", r"Width: \1, Height: \2", f"Steps: {last}")
+    found = dict(re.findall(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last))
+    options = {PNG_NAMES[key]: SAMPLER_NAMES.get(x, x) for key, x in found.items() if key in PNG_NAMES}
+    if other := [f"{key}: {value}" for key, value in found.items() if key not in (*PNG_NAMES, "RNG")]:
+        warnings.warn(f"{path}: not taken over: {', '.join(other)}", stacklevel=2)
+    return options | {"prompt": [prompt], "negative": negative}
 
 
 def reuse_memory() -> None:
@@ -1116,21 +1196,16 @@ def reuse_memory() -> None:
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
-def claim(path: Path) -> Path:
-    """Creates the first of out.png, out-1.png, ... that does not exist, so that no other process takes it."""
-    for i in count():
-        name = Path(os.path.expanduser(path)).with_stem(f"{path.stem}-{i}" if i else path.stem)
-        with suppress(FileExistsError):
-            name.touch(exist_ok=False)
-            break
-    return name
-
-
 def save_image(image: Image.Image, path: str | Path) -> Path:
-    """Saves a PNG with the parameters in `info`; returns its name, the first free one like `path`."""
+    """Saves a PNG as the first of out.png, out-1.png, ... that is free; returns its name. Raises OSError."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", image.info.get("parameters", ""))
-    name = claim(Path(path))
+    path = Path(os.path.expanduser(path))
+    for i in count():
+        name = path.with_stem(f"{path.stem}-{i}" if i else path.stem)
+        with suppress(FileExistsError):
+            name.touch(exist_ok=False)  # so that no other process takes it
+            break
     try:
         with atomic_write(name) as file:
             image.save(file, "png", pnginfo=info)
@@ -1143,33 +1218,37 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
 def generate_files(arguments: list[str]) -> None:
     """Generates and saves images by the options of a command line; raises OSError or ValueError."""
     args = parse(arguments)
-    valid = not re.search("[\ud800-\udfff]", args.prompt + args.negative)  # what Python makes of other bytes
-    check("a prompt", "not valid UTF-8", valid, "typed again")
+    check("prompt", "broken", not re.search("[\ud800-\udfff]", args.negative + "".join(args.prompt)), "UTF-8")
     check("out", args.out, args.out.suffix.lower() == ".png", "a name that ends in .png")
-    claim(args.out).unlink()  # reports an unwritable folder now, not after an image
-    check("strength", "given", args.strength is None or args.image, "used with an image only")
-    args.image = args.image and open_image(args.image)
-    args.mask = args.mask and open_image(args.mask, background="black")
-    given = {field.name: getattr(args, field.name) for field in fields(Settings)}
-    settings = Settings(**{name: value for name, value in given.items() if value is not None})
+    NamedTemporaryFile(prefix=args.out.stem, dir=os.path.expanduser(args.out.parent)).close()  # writable?
+    used = args.strength is None or args.image or args.upscale
+    check("strength", "given", used, "used with --image or --upscale only")
+    check("upscale", args.upscale, args.upscale is None or 1 < args.upscale <= 4, "over 1 and at most 4")
+    check("upscale", "given", not (args.upscale and args.image), "left out: --width and --height enlarge too")
+    if args.strength is None:
+        args.strength = 0.35 if args.upscale else Settings.strength
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     replace(settings).resolve(Config(vae_channels=(32,)))  # reports what SD v1 cannot do before loading
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
-    model = load(args.weights, device, FLOATS[dtype], args.offload)
+    model = load(args.weights, device, FLOATS[dtype], args.offload, args.vae, args.lora)
     settings.resolve(model.config)
-    if dtype == "fp16" and device.type == "cpu":
-        warnings.warn("on a CPU, fp16 is 10 to 20 times slower than bf16; try --dtype bf16", stacklevel=1)
-    side, area = model.config.image_size, settings.width * settings.height
-    if not 0.25 <= area / side**2 <= 2.25:
-        warnings.warn(f"the model was trained on images of about {side}x{side} pixels", stacklevel=1)
-    about = f"sd.py: {args.weights.name} on {device} in {dtype}, {settings.width}x{settings.height}, "
-    about += f"{args.steps} steps of {args.sampler}, guidance {args.guidance:g}, seed {settings.seed}"
-    print(about, file=sys.stderr)
+    if not 0.25 <= settings.width * settings.height / model.config.image_size**2 <= 2.25:
+        warnings.warn(f"the model was trained at about {model.config.image_size} pixels a side", stacklevel=1)
+    about = f"sd.py: {args.weights.name} on {device} in {dtype}, {settings.width}x{settings.height},"
+    print(about, f"{args.steps} steps of {args.sampler}, seed {settings.seed}", file=sys.stderr)
     if args.compile:
         model.unet.compile(mode="reduce-overhead")  # with CUDA graphs, where there is CUDA
-    for i in range(args.n):  # one by one, so that each is saved when it is done
-        settings = replace(settings, seed=settings.seed + (i > 0), n=1)  # the next seed
-        [image] = model.generate(**vars(settings), progress=sys.stderr.isatty())
+    for i, prompt in enumerate(prompt for prompt in settings.prompt for _ in range(settings.n)):
+        one = replace(settings, prompt=prompt, seed=settings.seed + i, n=1)  # each is saved when it is done
+        [image] = model.generate(**vars(one), progress=sys.stderr.isatty())
+        if args.upscale:
+            text = f"{image.info['parameters']}, Denoising strength: {args.strength:.15g}"
+            unit = model.config.downscale
+            width, height = (round(side * args.upscale / unit) * unit for side in image.size)
+            one = replace(one, image=image, width=width, height=height, strength=args.strength)
+            [image] = model.generate(**vars(one), progress=sys.stderr.isatty())
+            image.info["parameters"] = f"{text}, Hires upscale: {args.upscale:.15g}"
         print(save_image(image, args.out), flush=True)
 
 

@@ -2,6 +2,8 @@
 
     python tests/make_checkpoint.py random.safetensors                  # by the ending: .safetensors, .ckpt,
     python tests/make_checkpoint.py --small --dtype fp16 folder/        # or else a diffusers folder
+    python tests/make_checkpoint.py --kind vae vae.ckpt                 # a VAE alone
+    python tests/make_checkpoint.py --kind kohya style.safetensors      # a LoRA in kohya's layout, or peft
 
 sd15_keys.json holds the real file's list of tensors. The folder is written by diffusers itself.
 """
@@ -160,13 +162,71 @@ def write(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, s
         single.unlink()
 
 
+def write_vae(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+    """Writes a random VAE as `path`: .safetensors or .ckpt with CompVis's names, or a diffusers folder."""
+    prefix = "first_stage_model."
+    tensors = random_tensors(small, dtype, seed)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if prefix in name}
+    if path.suffix == ".safetensors":
+        save_file(tensors, path)
+    elif path.suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        from diffusers import AutoencoderKL
+
+        path.mkdir(parents=True, exist_ok=True)
+        single = path / "single.safetensors"
+        save_file(tensors, single)
+        (path / "config.json").write_text(json.dumps(configs(small)["vae"]))
+        vae = AutoencoderKL.from_single_file(str(single), config=str(path), local_files_only=True)
+        vae.to(dtype).save_pretrained(path)
+        single.unlink()
+
+
+def random_lora(
+    layout: str, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 4
+) -> dict[str, torch.Tensor]:
+    """Random pairs of matrices for each linear layer and convolution of the UNet, as diffusers builds it, and
+    each linear layer of transformers' text encoder: in "kohya"'s layout with alphas, or in "peft"'s."""
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    parts = configs(small)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(parts["unet"])
+        text_encoder = CLIPTextModel(CLIPTextConfig(**parts["text_encoder"]))
+    generator, tensors = torch.Generator().manual_seed(seed), {}
+    for model, peft, kohya in ((unet, "unet.", "lora_unet_"), (text_encoder, "text_encoder.", "lora_te_")):
+        for name, module in model.named_modules():
+            if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+                continue
+            if model is text_encoder:
+                name = "text_model." + name.removeprefix("text_model.")  # transformers 5 is without it
+            out, *inner = module.weight.shape  # (out, in) or (out, in, height, width)
+            down = torch.randn(rank, *inner, generator=generator) / math.sqrt(math.prod(inner))
+            up = torch.randn(out, rank, *[1 for _ in inner[1:]], generator=generator) * 0.1
+            if layout == "kohya":
+                name = kohya + name.replace(".", "_")
+                tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
+                tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
+            else:
+                tensors[f"{peft}{name}.lora_A.weight"], tensors[f"{peft}{name}.lora_B.weight"] = down, up
+    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "path", type=Path, help="file ending in .safetensors or .ckpt, or a folder for diffusers' layout"
     )
+    parser.add_argument("--kind", choices=["checkpoint", "vae", "kohya", "peft"], default="checkpoint")
     parser.add_argument("--small", action="store_true", help="narrow layers, under 100 MB")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    write(args.path, args.small, DTYPES[args.dtype], args.seed)
+    if args.kind == "checkpoint":
+        write(args.path, args.small, DTYPES[args.dtype], args.seed)
+    elif args.kind == "vae":
+        write_vae(args.path, args.small, DTYPES[args.dtype], args.seed)
+    else:
+        save_file(random_lora(args.kind, args.small, DTYPES[args.dtype], args.seed), args.path)

@@ -312,7 +312,7 @@ MISTAKES = {  # a file, its content or, in a dict, what changes in it (None remo
     "no number of heads": (SETTINGS, {"num_attention_heads": None}, "'num_attention_heads' is missing"),
     "heads that do not divide": (SETTINGS, {"num_attention_heads": 5}, "5 and must be a divisor of text_dim"),
     "no heads": (SETTINGS, {"num_attention_heads": 0}, "text_heads is 0"),
-    "empty weights": (WEIGHTS, "", "the file is empty"),
+    "empty weights": (WEIGHTS, "", "cannot mmap an empty file"),
     "damaged weights": (WEIGHTS, "x" * 99, "safetensors: Unsupported operand 120; use"),
     "damaged header": (WEIGHTS, b"\x09" + bytes(7) + b'{"a": [1]', "Expecting ',' delimiter"),
     "no positions": (PICKLE, {POSITIONS: None}, f"'{POSITIONS}' is missing"),
@@ -342,7 +342,7 @@ def test_bad_folder_is_refused_in_one_line(folder, file, content, reason, tmp_pa
     with pytest.raises(ValueError, match=reason) as caught:
         bert.read_bert(folder)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and message.endswith("; use a folder like bert-base-uncased's")
+    assert message.startswith(f"{path}: ") and message.endswith("; use another one, or download it again")
     assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import mmap
 import os
 import pickle
 import re
@@ -508,6 +509,45 @@ def test_configs_may_lack_fields(folder):
     assert load(folder).config.latent_scale == 0.18215
 
 
+def scheduler_config(folder: Path, **changes) -> None:
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def test_v_prediction_is_recognized(tiny, folder, tmp_path):
+    """By a folder's scheduler, or by the key that other tools use; and it is saved for both."""
+    assert load(folder).config.prediction == load(tiny).config.prediction == "epsilon"
+    scheduler_config(folder, prediction_type="v_prediction")
+    keyed, saved = tmp_path / "keyed.safetensors", tmp_path / "saved.safetensors"
+    save_file(load_file(tiny) | {"v_pred": torch.empty(0)}, keyed, METADATA)
+    for path in (folder, keyed):
+        model = load(path)
+        assert model.config.prediction == "v_prediction"
+        sd.save(model, saved)
+        assert "v_pred" in load_file(saved)
+        again = load(saved)
+        assert again.config == model.config
+        assert_same(again.state_dict(), model.state_dict())
+    sd.save(load(tiny), saved)
+    assert "v_pred" not in load_file(saved)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"prediction_type": "sample"}, "prediction is sample and must be epsilon or v_prediction"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true and must be false"),
+])  # fmt: skip
+def test_other_schedules_are_refused(folder, changes, message):
+    scheduler_config(folder, **changes)
+    assert message in refusal(folder)
+
+
+def test_zero_terminal_snr_is_refused(tiny, tmp_path):
+    """By the key that other tools use."""
+    path = tmp_path / "model.safetensors"
+    save_file(load_file(tiny) | {"v_pred": torch.empty(0), "ztsnr": torch.empty(0)}, path)
+    assert "a model with zero terminal SNR" in refusal(path)
+
+
 @pytest.mark.parametrize("part, key, value", [
     ("unet", "norm_num_groups", 2), ("vae", "norm_num_groups", 8), ("unet", "cross_attention_dim", 64),
     ("text_encoder", "hidden_size", 64),
@@ -515,7 +555,7 @@ def test_configs_may_lack_fields(folder):
 def test_conflicting_configs_are_refused(part, key, value, folder):
     path = folder / part / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert re.search(r"(unet|vae|text_encoder)'s \w+ is \d+ and must be \d+, as", refusal(folder))
+    assert re.search(r"/(unet|vae)/config.json: \w+ is \d+ and must be \d+, as", refusal(folder))
 
 
 # ------------------------------------------------------------------------------------------------------- save
@@ -608,7 +648,7 @@ def test_saved_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert synced == str(temporary) != str(name) == str(path) and load(path).config == TINY
 
 
-def test_safetensors_of_the_library_and_ours(tmp_path):
+def test_safetensors_of_the_library(tmp_path):
     """Random bits in each dtype and several shapes, in an order that aligns none of them."""
     dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
     dtypes += [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool]
@@ -619,17 +659,30 @@ def test_safetensors_of_the_library_and_ours(tmp_path):
             bits = torch.randint(0, 256, (size,), dtype=torch.uint8, generator=generator)
             tensor = bits.bool() if dtype == torch.bool else bits.view(dtype)
             tensors[f'{dtype} {shape} \u00e9 \U0001f34e " \\ \n'] = tensor.view(shape)
-    ours, theirs, labels = tmp_path / "ours", tmp_path / "theirs", {"\u4f5c": '\U0001f34e " \\ \n', "": ""}
+    path, labels = tmp_path / "model", {"\u4f5c": '\U0001f34e " \\ \n', "": ""}
     for expected in (tensors, {}):
-        save_file(expected, theirs, labels)
-        read, metadata, _ = sd.read_file(theirs)
+        save_file(expected, path, labels)
+        with open(path, "rb") as file:
+            read, metadata = sd.read_safetensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         assert_same(read, expected)
         assert metadata == labels
-    tensors["transposed"] = torch.arange(12).view(3, 4).T
-    sd.write_safetensors(ours, tensors, labels)
-    assert_same(load_file(ours), tensors)
-    with safe_open(ours, "pt") as file:
-        assert file.metadata() == labels
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_saved_file_is_the_librarys(tiny, tmp_path, dtype):
+    """Whatever the layout of the weights in memory."""
+    model = load(tiny).to(dtype)
+    for weight in model.parameters():
+        weight.data = weight.data.mT.contiguous().mT if weight.ndim > 1 else weight.data
+    sd.save(model, tmp_path / "model")
+    saved, names = load_file(tmp_path / "model"), sd.names_in(sd.COMPVIS, model)
+    assert len(saved) == len(names) + 1  # and the positions' ids
+    for ours, weight in model.named_parameters():
+        assert saved[names[ours]].dtype == dtype and torch.equal(
+            saved[names[ours]].view(weight.shape), weight
+        )
+    with safe_open(tmp_path / "model", "pt") as file:
+        assert file.metadata() == {"format": "pt", "sd.py": json.dumps(asdict(model.config))}
 
 
 # ----------------------------------------------------------------------------------------------------- memory

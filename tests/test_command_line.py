@@ -43,8 +43,8 @@ def run_main(tmp_path, monkeypatch, capfd):
     """Like run_sd, but calls main in this process, which takes no seconds for importing PyTorch."""
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments) -> subprocess.CompletedProcess:
-        words = [] if "--prompt" in arguments else ["--prompt", PROMPT]
+    def run(*arguments, prompt: bool = True) -> subprocess.CompletedProcess:
+        words = ["--prompt", PROMPT] if prompt and "--prompt" not in arguments else []
         words += [] if "--device" in arguments else ["--device", "cpu"]
         monkeypatch.setattr(sys, "argv", ["sd.py", *map(str, arguments), *words])
         capfd.readouterr()
@@ -115,12 +115,14 @@ def test_help_fits_a_screen(run_main, capfd, monkeypatch):
     with pytest.raises(SystemExit, match="^0$"):
         run_main("--help")
     text, error = capfd.readouterr()
-    assert error == "" and len(text.splitlines()) <= 24 and max(map(len, text.splitlines())) <= 80
+    assert error == "" and len(text.splitlines()) <= 28 and max(map(len, text.splitlines())) <= 80
     entries = dict(re.findall(r"^  (?:-h, )?--(\w+)((?:.*\n)(?:    .*\n)*)", text, re.MULTILINE))
     defaults = {
-        "prompt": "", "negative": "", "weights": "emoji", "out": "out.png", "steps": "50", "guidance": "7.5",
+        "prompt": "", "negative": "", "weights": "emoji", "vae": "", "lora": ":1", "out": "out.png",
+        "steps": "50", "guidance": "7.5",
         "sampler": "ddpm", "seed": "random", "n": "1", "width": "the image's", "height": "", "image": "",
-        "strength": "0.8", "mask": "", "device": "fastest", "dtype": "fp32 on a CPU", "offload": "",
+        "strength": "0.8", "mask": "", "upscale": "0.35", "settings": "", "device": "fastest",
+        "dtype": "fp32 on a CPU", "offload": "",
         "compile": "", "help": "",
     }  # fmt: skip
     assert entries.keys() == defaults.keys()
@@ -132,9 +134,7 @@ def test_defaults(run_sd, small64, small_model, tmp_path):
     """The first line tells what runs. Without a terminal there is no progress bar."""
     result = run_sd("--weights", small64)
     assert result.returncode == 0 and result.stdout == "out.png\n" and names(tmp_path) == ["out.png"]
-    line = (
-        r"sd\.py: small64\.safetensors on cpu in fp32, 64x64, 50 steps of ddpm, guidance 7\.5, seed (\d+)\n"
-    )
+    line = r"sd\.py: small64\.safetensors on cpu in fp32, 64x64, 50 steps of ddpm, seed (\d+)\n"
     seed = int(re.fullmatch(line, result.stderr)[1])
     [expected] = small_model.generate(PROMPT, seed=seed, width=64, height=64)
     assert abs(pixels(tmp_path / "out.png") - pixels(expected)).max() <= 1
@@ -145,8 +145,8 @@ IMAGE = {"image": "~/image.png", "mask": "~/mask.png", "strength": 0.7}
 
 @pytest.mark.parametrize("dtype, settings, more, line", [
     ("fp32", {"negative": "blue", "width": 72, "height": 64, "sampler": "dpm++", "guidance": 3.25}, [],
-     "cpu in fp32, 72x64, 3 steps of dpm++, guidance 3.25, seed 11"),
-    ("fp32", {**IMAGE, "sampler": "ddim"}, ["--offload"], "in fp32, 72x80, 3 steps of ddim, guidance 7.5,"),
+     "cpu in fp32, 72x64, 3 steps of dpm++, seed 11"),
+    ("fp32", {**IMAGE, "sampler": "ddim"}, ["--offload"], "in fp32, 72x80, 3 steps of ddim, seed 11"),
     ("bf16", {"width": 64, "height": 64, "guidance": 1.0}, ["--dtype", "bf16"], "in bf16, 64x64, 3 steps"),
 ])  # fmt: skip
 def test_options_reach_the_image(
@@ -195,9 +195,10 @@ def test_compile_without_a_compiler(run_sd, tiny, tmp_path):
 
 @pytest.mark.parametrize("more, note", [
     ([], None), (["--prompt", "yak " * 75 + "zebra"], "75 tokens.*: zebra"),
-    (["--dtype", "fp16"], "fp16 is .* slower than bf16; .*--dtype bf16"), (["--dtype", "bf16"], None),
-    (["--width", 32, "--height", 32], None), (["--width", 32, "--height", 24], "about 64x64"),
-    (["--width", 96, "--height", 96], None), (["--width", 104, "--height", 96], "about 64x64"),
+    (["--prompt", "a (red:1.3) apple, (green:0.5)"], r"\(red:1\.3\) is plain text to CLIP"),
+    (["--prompt", "an apple (red: no)"], None), (["--negative", "((blue:2))"], r"\(blue:2\) is plain text"),
+    (["--width", 32, "--height", 32], None), (["--width", 32, "--height", 24], "about 64 pixels"),
+    (["--width", 96, "--height", 96], None), (["--width", 104, "--height", 96], "about 64 pixels"),
 ])  # fmt: skip
 def test_notes(run_main, small64, more, note):
     """Beside the line that tells what runs."""
@@ -220,15 +221,20 @@ def test_note_about_unused_tensors(run_main, small, tmp_path):
 
 def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     """Prompt, negative prompt and settings as AUTOMATIC1111's web UI reads them, these from the last line."""
-    *lines, last = text.strip().split("\n")
-    prompt, _, negative = "\n".join(lines).partition("\nNegative prompt: ")
+    *lines, last = text.split("\n")
+    prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt: ")
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^"\\])+"|[^,]*)(?:,|$)', last)
-    return prompt, negative, {key: json.loads(value) if value[0] == '"' else value for key, value in pairs}
+    return (
+        prompt[1:],
+        negative,
+        {key: json.loads(value) if value[0] == '"' else value for key, value in pairs},
+    )
 
 
 @pytest.mark.parametrize("prompt, negative, guidance, weights, model_name, sampler, strength", [
     ("a red apple", "", "7.5", 'my, "own": v2.0.safetensors', 'my, "own": v2.0', "DPM++ 2M", None),
-    ("ein Apfel, süß: rot", "blau", "1", "sd-v1.5", "sd-v1.5", "DDPM", None),
+    ("ein \"Apfel\", süß: 'rot'", "blau", "1", "sd-v1.5", "sd-v1.5", "ddpm", None),
+    ("", "\nSteps: 9, Seed: 9", "2", "sd-v1.5", "sd-v1.5", "ddpm", None),
     ("красное яблоко\n赤いリンゴ 🍎\n\nSteps: 3, Seed: 4", "синее\n青い, CFG scale: 2", "6.123456789",
      "mix-1.0.ckpt", "mix-1.0", "DDIM", "0.723456789"),
 ])  # fmt: skip
@@ -236,10 +242,10 @@ def test_image_is_made_again_from_its_png(
     run_main, small, small_folder, tmp_path,
     prompt, negative, guidance, weights, model_name, sampler, strength,
 ):  # fmt: skip
-    """By the command line, and again from Python, where save_image writes the same PNG."""
+    """By the command line, and again with --settings, and from Python; the PNG is the same."""
     (tmp_path / weights).symlink_to(small_folder if weights == "sd-v1.5" else small)
     photograph().save("image.png")
-    ours = {"DPM++ 2M": "dpm++", "DDPM": "ddpm", "DDIM": "ddim"}[sampler]
+    ours = {"DPM++ 2M": "dpm++", "ddpm": "ddpm", "DDIM": "ddim"}[sampler]
     words = ["--weights", weights, "--prompt", prompt, "--negative", negative, "--guidance", guidance, *QUICK]
     words += ["--sampler", ours, "--seed", 2**64 - 2, "--n", 2]
     words += ["--image", "image.png", "--strength", strength] if strength else []
@@ -250,7 +256,7 @@ def test_image_is_made_again_from_its_png(
     read_prompt, read_negative, read = parse_parameters(image.info["parameters"])
     assert (read_prompt, read_negative, read) == (prompt, negative, {
         "Steps": "2", "Sampler": sampler, "CFG scale": guidance, "Seed": str(2**64 - 1), "Size": "64x64",
-        "Model": model_name, **({"Denoising strength": strength} if strength else {}),
+        "RNG": "CPU", "Model": model_name, **({"Denoising strength": strength} if strength else {}),
     })  # fmt: skip
     settings = {"image": "image.png", "strength": float(read["Denoising strength"])} if strength else {}
     [again] = sd.load(weights).generate(
@@ -260,6 +266,133 @@ def test_image_is_made_again_from_its_png(
     path = sd.save_image(again, tmp_path / "out.png")
     assert path == tmp_path / "out-2.png" and Image.open(path).info == image.info
     assert (pixels(path) == pixels(image)).all()
+    words = ["--weights", weights, "--settings", "out-1.png", *(["--image", "image.png"] if strength else [])]
+    result = run_main(*words, prompt=False)
+    assert result.stdout == "out-3.png\n" and "note: out-1.png: not taken over: Model: " in result.stderr
+    assert Path("out-3.png").read_bytes() == Path("out-1.png").read_bytes()
+
+
+def parsed(path: Path):
+    """What the package sd-parsers reads."""
+    sd_parsers = pytest.importorskip("sd_parsers", reason="needs sd-parsers")
+    return sd_parsers.ParserManager().parse(path)
+
+
+@pytest.mark.parametrize("sampler, name", [("ddpm", "ddpm"), ("ddim", "DDIM"), ("dpm++", "DPM++ 2M")])
+def test_png_is_read_by_sd_parsers(run_main, small64, sampler, name):
+    words = [
+        "--prompt",
+        'a "red" apple,\nSteps: 3',
+        "--negative",
+        "blue, (ugly)",
+        "--sampler",
+        sampler,
+        "--seed",
+        5,
+    ]
+    assert run_main("--weights", small64, *words, "--steps", 2, "--guidance", 3.5).returncode == 0
+    info = parsed("out.png")
+    assert info.generator.value == "AUTOMATIC1111"
+    [prompt], [negative], [used], [model] = info.prompts, info.negative_prompts, info.samplers, info.models
+    assert (prompt.value, negative.value) == ('a "red" apple,\nSteps: 3', "blue, (ugly)")
+    assert (used.name, model.name) == (name, "small64")
+    found = used.parameters | info.metadata
+    expected = {"steps": "2", "cfg_scale": "3.5", "seed": "5"}
+    assert {key: str(found[key]) for key in expected} == expected and found["Size"] == "64x64"
+
+
+def labeled(path: str, text: str) -> str:
+    image = Image.new("RGB", (8, 8))
+    image.info["parameters"] = text
+    return str(sd.save_image(image, path))
+
+
+A1111 = """a (red:1.2) apple
+Negative prompt: blue
+Steps: 3, Sampler: DPM++ 2M, Schedule type: Karras, CFG scale: 4, Seed: 9, Size: 72x64, \
+Model hash: 6ce0161689, Model: "v1-5, pruned", Denoising strength: 0.5, Hires upscale: 1.5, RNG: CPU, \
+Version: v1.10.1"""
+
+
+def test_settings_of_the_web_ui(run_main, small64, small_model, tmp_path):
+    """Those that sd.py has are taken, the others are told; options on the command line come first."""
+    labeled("theirs.png", A1111)
+    words = ["--settings", "theirs.png", "--seed", 4, "--negative", "green", "--out", "ours.png"]
+    result = run_main("--weights", small64, *words, prompt=False)
+    assert result.returncode == 0, result.stderr
+    told = 'Schedule type: Karras, Model hash: 6ce0161689, Model: "v1-5, pruned", Version: v1.10.1'
+    assert f"sd.py: note: theirs.png: not taken over: {told}\n" in result.stderr
+    text = Image.open("ours.png").info["parameters"]
+    assert text == (
+        "a (red:1.2) apple\nNegative prompt: green\nSteps: 3, Sampler: DPM++ 2M, CFG scale: 4, Seed: 4, "
+        "Size: 72x64, RNG: CPU, Model: small64, Denoising strength: 0.5, Hires upscale: 1.5"
+    )
+    prompt, settings = "a (red:1.2) apple", {"steps": 3, "sampler": "dpm++", "guidance": 4, "seed": 4}
+    [first] = small_model.generate(prompt, "green", width=72, height=64, **settings)
+    larger = {"image": first, "width": 112, "height": 96, "strength": 0.5}
+    [expected] = small_model.generate(prompt, "green", **larger, **settings)
+    assert abs(pixels(Path("ours.png")) - pixels(expected)).max() <= 1
+
+
+def test_upscale(run_main, small64, small_model, tmp_path):
+    """An image, enlarged and redrawn; and the same PNG again from its settings."""
+    result = run_main("--weights", small64, "--upscale", 1.37, "--steps", 8, "--seed", 3, "--n", 2)
+    assert result.stdout.split() == ["out.png", "out-1.png"], result.stderr
+    for seed, name in ((3, "out.png"), (4, "out-1.png")):
+        [first] = small_model.generate(PROMPT, steps=8, seed=seed, width=64, height=64)
+        larger = {"image": first, "width": 88, "height": 88, "strength": 0.35}
+        [expected] = small_model.generate(PROMPT, steps=8, seed=seed, **larger)
+        assert abs(pixels(tmp_path / name) - pixels(expected)).max() <= 1
+    text = Image.open("out.png").info["parameters"]
+    assert text.endswith(
+        "Size: 64x64, RNG: CPU, Model: small64, Denoising strength: 0.35, Hires upscale: 1.37"
+    )
+    assert run_main("--weights", small64, "--settings", "out-1.png", prompt=False).stdout == "out-2.png\n"
+    assert Path("out-2.png").read_bytes() == Path("out-1.png").read_bytes()
+    stronger = ["--settings", "out.png", "--strength", 0.9]
+    assert run_main("--weights", small64, *stronger, prompt=False).stdout == "out-3.png\n"
+    assert abs(pixels(Path("out-3.png")) - pixels(Path("out.png"))).mean() > 1
+
+
+def test_prompts_from_a_file(run_main, small64, small_model, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa red apple\r\n\n  \n a blue house, süß \n@home".encode())
+    words = ["--prompt", "@prompts.txt", "--n", 2, "--steps", 1, "--seed", 7]
+    result = run_main("--weights", small64, *words)
+    assert result.stdout.split() == ["out.png"] + [f"out-{i}.png" for i in range(1, 6)], result.stderr
+    prompts = [prompt for prompt in ("a red apple", "a blue house, süß", "@home") for _ in range(2)]
+    for i, (name, prompt) in enumerate(zip(result.stdout.split(), prompts)):
+        text = Image.open(name).info["parameters"]
+        assert text.startswith(f"{prompt}\nSteps: 1, ") and f", Seed: {7 + i}, " in text
+        [expected] = small_model.generate(prompt, steps=1, seed=7 + i, width=64, height=64)
+        assert abs(pixels(tmp_path / name) - pixels(expected)).max() <= 1
+    run_main("--weights", small64, "--settings", "out-5.png", prompt=False)  # of @home, which is no file here
+    assert Path("out-6.png").read_bytes() == Path("out-5.png").read_bytes()
+
+
+def test_vae_and_loras(run_main, small64, small, tmp_path):
+    """As sd.load takes them; a file's name may have a colon."""
+    make_checkpoint.write_vae(tmp_path / "vae.ckpt", small=True, seed=3)
+    for i, name in enumerate(["one.safetensors", "t:0.o:2"]):
+        save_file(make_checkpoint.random_lora("kohya", small=True, seed=i), tmp_path / name)
+    words = [
+        "--lora",
+        "one.safetensors:0.3",
+        "--lora",
+        "t:0.o:2:-.5",
+        "--vae",
+        "vae.ckpt",
+        "--seed",
+        1,
+        *QUICK,
+    ]
+    result = run_main("--weights", small64, *words)
+    assert result.returncode == 0, result.stderr
+    loras = {"one.safetensors": 0.3, "t:0.o:2": -0.5}
+    [expected] = sd.load(small, vae="vae.ckpt", loras=loras).generate(
+        PROMPT, steps=2, seed=1, width=64, height=64
+    )
+    assert abs(pixels(Path("out.png")) - pixels(expected)).max() <= 1
+    assert sd.parse(["--prompt", "", "--lora", "C:\\a.safetensors"]).lora == {"C:\\a.safetensors": 1.0}
 
 
 def test_files_are_not_overwritten(run_main, small64, tmp_path):
@@ -335,11 +468,24 @@ def test_ctrl_c(start_sd, small64, tmp_path, terminal, words, moment):
         Image.open(tmp_path / name).load()
 
 
+@pytest.mark.parametrize("module", ["numpy", "torch._C", "torch", "PIL.Image"])
+def test_ctrl_c_during_the_imports(tmp_path, module):
+    """Python tells each module when it has been imported, and is interrupted at once."""
+    command = [sys.executable, "-X", "importtime", str(ROOT / "sd.py"), "--prompt", PROMPT]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.split("|")[-1].strip() == module:
+            process.send_signal(signal.SIGINT)
+            break
+    rest = [line for line in process.stderr if not line.startswith("import time:")]
+    assert process.wait() in (130, -signal.SIGINT) and rest == [] and names(tmp_path) == []
+
+
 # --------------------------------------------------------------------------------------------------- mistakes
 
 WITH_IMAGE, WITH_MASK = ["--image", "image.png"], ["--mask", "mask.png"]
 MISTAKES = [
-    ([], "missing.safetensors: no such file"), (["--weights", "~nosuchuser/a.ckpt"], "~nosuchuser"),
+    ([], "missing.safetensors is missing"), (["--weights", "~nosuchuser/a.ckpt"], "~nosuchuser"),
     (["--steps", 0], "steps is 0"), (["--steps", -1], "steps is -1"), (["--steps", 1001], "steps is 1001"),
     (["--steps", "abc"], "--steps"), (["--steps"], "--steps"), (["--frobnicate"], "--frobnicate"),
     (["--step", 3], "option or word .*--step "), (["--promt", "a cat"], "option or word .*--promt "),
@@ -353,7 +499,15 @@ MISTAKES = [
     (["--height", 8 * 10**29], "height is 80+"), (["--dtype", "int8"], "--dtype"),
     (["--device", "cuda:99"], "device cuda:99 is not"), (["--device", "meta"], "device meta is not"),
     (["--device", "nonsense"], "device nonsense is not"), (["--device", "two\nlines"], "two lines is not"),
-    (["--image", "two\nlines"], "two lines: .*: No such file"), (["--strength", 0.5], "strength is given"),
+    (["--image", "two\nlines"], "two lines: .*No such file"), (["--strength", 0.5], "strength is given"),
+    (["--upscale", 1], "upscale is 1"), (["--upscale", 4.1], "upscale is 4.1"),
+    (["--upscale", 0], "upscale is 0"), (["--upscale", "nan"], "upscale is nan"),
+    ([*WITH_IMAGE, "--upscale", 2], "upscale is given .* --width"),
+    (["--upscale", 2, "--strength", 0], "strength is 0"), (["--lora", "a:1.2.3"], "1.2.3"),
+    (["--settings", "image.png"], "image.png: 'parameters' is missing"),
+    (["--settings", "mask.jpg"], "mask.jpg: No such file"),
+    (["--prompt", "@image.png"], "@image.png: .*utf-8"),
+    (["--prompt", "@no.txt"], "@no.txt: No such"), (["--prompt", "@empty.txt"], "prompt is an empty list"),
     ([*WITH_IMAGE, "--strength", 0], "strength is 0"), ([*WITH_IMAGE, "--strength", 1.1], "strength is 1.1"),
     ([*WITH_IMAGE, "--strength", "nan"], "strength is nan"), (WITH_MASK, "mask is given"),
     ([*WITH_IMAGE, *WITH_MASK], "mask is .*64, 56.*64, 64"),
@@ -370,6 +524,7 @@ def test_mistakes_are_told_before_weights_are_loaded(run_main, tmp_path, words, 
     """Without the first, all have another mistake than the missing weights."""
     photograph().save("image.png")
     Image.new("L", (64, 56)).save("mask.png")
+    Path("empty.txt").write_text("\n \n")
     before = names(tmp_path)
     assert re.search(message, error_of(run_main("--weights", "missing.safetensors", *words)))
     assert names(tmp_path) == before
@@ -394,7 +549,7 @@ def test_without_the_default_model(tmp_path):
     before = names(tmp_path)
     command = [sys.executable, "-B", "sd.py", "--prompt", PROMPT]
     error = error_of(subprocess.run(command, cwd=tmp_path, capture_output=True, text=True))
-    assert "emoji.safetensors: no such file" in error and "weights/README.md" in error
+    assert "emoji.safetensors is missing" in error and "weights/README.md" in error
     assert names(tmp_path) == before
 
 
@@ -479,7 +634,7 @@ def test_images_that_cannot_be_used(run_main, tmp_path):
     cases = [["--image", name] for name in [*files, "folder.png", "missing.png"]]
     for words in cases + [["--image", "good.png", "--mask", name] for name in masks]:
         error = error_of(run_main("--weights", "missing.safetensors", *words))
-        assert re.search(f"{re.escape(words[-1])}.*; use a still PNG", error), error
+        assert re.search(f"{re.escape(words[-1])}.*; use another one", error), error
     assert names(tmp_path) == before
 
 

@@ -25,6 +25,7 @@ def test_defaults_are_stable_diffusion_v1s():
         "unet_heads": unet["attention_head_dim"], "norm_groups": vae["norm_num_groups"],
         "timesteps": configs["scheduler"]["num_train_timesteps"],
         "beta_start": configs["scheduler"]["beta_start"], "beta_end": configs["scheduler"]["beta_end"],
+        "prediction": "epsilon",
     }  # fmt: skip
     assert config.downscale == vae["sample_size"] / unet["sample_size"]
 
@@ -50,6 +51,7 @@ BAD_VALUES = {
     "unet_attention": [(), (True,), (True,) * 5, (True,) * 20_000], "unet_blocks": [0, -2, 10**9],
     "unet_heads": [0, -8, 7], "norm_groups": [0, -32, 31], "timesteps": [0, -1000, 10**9],
     "beta_start": [0, -0.1, 1e-300, 0.013, math.nan], "beta_end": [0.0008, 1, 2, math.nan],
+    "prediction": ["sample", "", None, 1, ["epsilon"]],
 }  # fmt: skip
 
 

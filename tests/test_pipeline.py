@@ -1,8 +1,10 @@
 """Section 8: images as diffusers' pipelines generate them, and each argument of generate and denoise."""
 
+import copy
 import gc
 import math
 import warnings
+from dataclasses import replace
 
 import diffusers
 import make_checkpoint
@@ -17,9 +19,9 @@ import sd
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 RELEASED = {"clip_sample": False, "timestep_spacing": "leading"}  # in SD v1's scheduler_config.json
 SCHEDULERS = {
-    "ddpm": lambda: diffusers.DDPMScheduler(**BETAS, **RELEASED),
-    "ddim": lambda: diffusers.DDIMScheduler(**BETAS, **RELEASED, set_alpha_to_one=False),
-    "dpm++": lambda: diffusers.DPMSolverMultistepScheduler(**BETAS),
+    "ddpm": lambda **more: diffusers.DDPMScheduler(**BETAS, **RELEASED, **more),
+    "ddim": lambda **more: diffusers.DDIMScheduler(**BETAS, **RELEASED, set_alpha_to_one=False, **more),
+    "dpm++": lambda **more: diffusers.DPMSolverMultistepScheduler(**BETAS, **more),
 }
 ARGUMENTS = {"steps": "num_inference_steps", "guidance": "guidance_scale", "n": "num_images_per_prompt"}
 PROMPT, OTHER_PROMPT, NEGATIVE = "a red apple", "a blue house", "blue, ugly"
@@ -74,7 +76,9 @@ def assert_same(ours: list[Image.Image], theirs: list[Image.Image]) -> None:
 # -------------------------------------------------------------------------------------- parity with diffusers
 
 
-def diffusers_images(pipeline, sampler, prompts=(PROMPT,), mask=None, **settings) -> list[Image.Image]:
+def diffusers_images(
+    pipeline, sampler, prompts=(PROMPT,), mask=None, prediction="epsilon", **settings
+) -> list[Image.Image]:
     """What diffusers generates from seed 5 with the models of `pipeline` and the settings of our generate."""
     kind = diffusers.StableDiffusionImg2ImgPipeline if "image" in settings else type(pipeline)
     if mask is not None:
@@ -82,7 +86,7 @@ def diffusers_images(pipeline, sampler, prompts=(PROMPT,), mask=None, **settings
         settings["width"], settings["height"] = mask.size
     pipeline = kind(**pipeline.components, requires_safety_checker=False)
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.scheduler = SCHEDULERS[sampler]()
+    pipeline.scheduler = SCHEDULERS[sampler](prediction_type=prediction)
     if "image" not in settings:
         settings.pop("strength", None)
     generators = [seeded(5 + i) for i in range(len(prompts) * settings.get("n", 1))]
@@ -103,6 +107,20 @@ def diffusers_images(pipeline, sampler, prompts=(PROMPT,), mask=None, **settings
 def test_generate_matches_diffusers(small_model, reference, sampler, settings):
     ours = small_model.generate(PROMPT, NEGATIVE, sampler=sampler, seed=5, **settings)
     assert_same(ours, diffusers_images(reference, sampler, **settings))
+
+
+@pytest.mark.parametrize("sampler", SCHEDULERS)
+@pytest.mark.parametrize("settings", [
+    {"width": 64, "height": 64, "steps": 20}, {"width": 64, "height": 72, "steps": 5, "guidance": 1.0},
+    {"image": photograph(72, 56), "steps": 12, "strength": 0.5},
+])  # fmt: skip
+def test_v_prediction_matches_diffusers(small_model, reference, sampler, settings):
+    model = copy.copy(small_model)
+    model.config = replace(small_model.config, prediction="v_prediction")
+    ours = model.generate(PROMPT, NEGATIVE, sampler=sampler, seed=5, **settings)
+    assert_same(ours, diffusers_images(reference, sampler, prediction="v_prediction", **settings))
+    [other] = small_model.generate(PROMPT, NEGATIVE, sampler=sampler, seed=5, **settings)
+    assert difference(ours[0], other) > 20
 
 
 # Without ddpm, for which diffusers' inpainting draws its noise in another order. The mask ends at the borders
@@ -233,7 +251,7 @@ def test_info(small_model):
     assert [image.info["parameters"].split("\n")[0] for image in images] == [PROMPT] * 2 + [OTHER_PROMPT] * 2
     assert images[3].info["parameters"] == (
         f"{OTHER_PROMPT}\nNegative prompt: {NEGATIVE}\n"
-        "Steps: 2, Sampler: DDPM, CFG scale: 3.25, Seed: 8, Size: 72x64, Model: small"
+        "Steps: 2, Sampler: ddpm, CFG scale: 3.25, Seed: 8, Size: 72x64, RNG: CPU, Model: small"
     )
 
 

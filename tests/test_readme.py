@@ -3,11 +3,14 @@
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 import textwrap
 from itertools import pairwise
 
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import sd
 from weights import train
@@ -39,6 +42,16 @@ def test_commands_parse(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     script, *arguments = shlex.split(command)
     train.parse(arguments) if script == "weights/train.py" else sd.parse(arguments)
+
+
+def test_lora_vae_and_upscaling_run_as_shown(tmp_path):
+    """With the files that make_checkpoint.py makes; in few steps and small."""
+    block = re.search(r"    python tests/make_checkpoint.py(.+\n)+", README)[0]
+    for command in textwrap.dedent(block).splitlines():
+        script, *words = shlex.split(command)[1:]
+        words += ["--steps", "2", "--width", "64", "--height", "64"] if script == "sd.py" else []
+        subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, check=True)
+    assert Image.open(tmp_path / "out.png").size == (96, 96)
 
 
 def test_options_are_all_there(run_sd):

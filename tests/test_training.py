@@ -18,7 +18,7 @@ import sys
 import termios
 import warnings
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import make_checkpoint
@@ -441,6 +441,21 @@ def test_min_snr_weights_match_diffusers(data, scheduler, batch, gamma):
             assert weighted(*one).item() / losses[-1] == pytest.approx(weight, rel=1e-5)
         expected = (torch.tensor(losses) * weights).mean().item()
         assert weighted(*batch).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [math.inf, 5, 0.05])
+def test_v_prediction_loss_matches_diffusers(data, scheduler, batch, gamma):
+    """The target is diffusers' velocity, the weights are those of its training scripts."""
+    model = tiny_model()
+    model.config = replace(model.config, prediction="v_prediction")
+    objective = noise_prediction(data, model, min_snr=gamma).double()
+    latents, noise, t, ids = batch
+    with torch.no_grad():
+        predicted = model.unet(scheduler.add_noise(latents, noise, t), t, model.text_encoder(ids))
+        snr = compute_snr(scheduler, t).double()
+        weights = snr.clamp(max=gamma) / (snr + 1) if gamma < math.inf else torch.ones(8)
+        losses = ((predicted - scheduler.get_velocity(latents, noise, t)) ** 2).mean(dim=(1, 2, 3))
+        assert objective(*batch).item() == pytest.approx((weights * losses).mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.4])
@@ -1189,7 +1204,7 @@ BAD_CAPTIONS = {  # files beside red.png, and the message
     "text that is null": ({"metadata.jsonl": LINE.replace('"red"}', "null}")}, "line 1: text is missing"),
     "file_name that is a number": ({"metadata.jsonl": LINE.replace('"red.png"', "5")}, "file_name is 5 and"),
     "lines that are lists": ({"metadata.jsonl": '["red.png", "red"]'}, "line 1: file_name is missing"),
-    "lines not in UTF-8": ({"metadata.jsonl": LINE.encode()[:-3] + b'\xff"}'}, "metadata.jsonl: .*UTF-8"),
+    "lines not in UTF-8": ({"metadata.jsonl": LINE.encode()[:-3] + b'\xff"}'}, "metadata.jsonl: .*utf-8"),
     "lines nested too deep": ({"metadata.jsonl": 100_000 * "["}, "metadata.jsonl, line 1: not JSON"),
     "lines of no image": ({"metadata.jsonl": '{"file_name": "x.png", "text": "x"}'}, "1 of 1 .*x.png"),
     "COCO, no JSON": ({"captions_all.json": "{\n\n"}, "captions_all.json, line 3: not JSON"),

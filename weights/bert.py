@@ -100,19 +100,21 @@ def text_models(config: sd.Config) -> tuple[WordPiece, BERTTextEncoder]:
 def read_bert(folder: Path) -> tuple[dict[str, Any], BERTTextEncoder]:
     """Fields of Config and the text encoder, in float32, of a folder from Hugging Face. Raises ValueError."""
     path = folder / "config.json"
-    try:
+    with sd.reading(path):
         settings = json.loads(path.read_text(encoding="utf-8"))
         fields = {ours: settings[theirs] for theirs, ours in sd.DIFFUSERS_CONFIG["text_encoder"].items()}
         fields["text_length"] = min(fields["text_length"], sd.Config.text_length)
         config = sd.Config(**fields, vocabulary=("[PAD]",))  # replaced below
-        path = folder / "vocab.txt"
+    path = folder / "vocab.txt"
+    with sd.reading(path):
         vocabulary = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         config = replace(config, vocabulary=tuple(vocabulary))
         with torch.device("meta"):
             _, encoder = text_models(config)
-        path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
-        path = other if other.exists() and not path.exists() else path
-        tensors = sd.read_file(path)[0]
+    path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
+    path = other if other.exists() and not path.exists() else path
+    tensors, *_ = sd.read_file(path, "BERT")
+    with sd.reading(path):
         for old, new in ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")):
             tensors = {regex.sub(old, new, name): tensor for name, tensor in tensors.items()}
         positions = tensors["embeddings.position_embeddings.weight"][: config.text_length]
@@ -123,8 +125,4 @@ def read_bert(folder: Path) -> tuple[dict[str, Any], BERTTextEncoder]:
         for ours, target in encoder.state_dict().items():
             sd.check(names[ours], state[ours].shape, state[ours].shape == target.shape, str(target.shape))
         encoder.load_state_dict(state, assign=True)
-    except Exception as error:  # damaged files fail in many ways
-        reason = f"{error} is missing" if isinstance(error, KeyError) else sd.one_line(error)
-        reason = regex.sub(r".*WeightsUnpickler error: | Check the documentation.*", "", reason)
-        raise ValueError(f"{path}: {reason}; use a folder like bert-base-uncased's") from error
     return {name: getattr(config, name) for name in ("vocabulary", *fields)}, encoder

@@ -6,6 +6,7 @@ loss.
 
 import glob
 import json
+import math
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -28,10 +29,8 @@ if TYPE_CHECKING:
 
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark. Raises ValueError."""
-    try:
+    with sd.reading(file):
         return file.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file}: cannot be read: {sd.one_line(error)}; use text in UTF-8") from error
 
 
 def read_json(file: Path, text: str, line: int = 1) -> Any:
@@ -218,8 +217,9 @@ class Reconstruction(nn.Module):
 
 
 class NoisePrediction(nn.Module):
-    """The UNet's objective: predicting the noise in noisy latents (Ho et al. 2020, alg. 1, eq. 14), with
-    min-SNR weights if wanted (Hang et al. 2023, sec. 3.4, arXiv:2303.09556)."""
+    """The UNet's objective: predicting the noise in noisy latents (Ho et al. 2020, alg. 1, eq. 14), or the
+    velocity v (Salimans and Ho 2022, app. D), with min-SNR weights if wanted (Hang et al. 2023, sec. 3.4,
+    arXiv:2303.09556)."""
 
     def __init__(self, model: sd.StableDiffusion, settings: "Settings", captions: dict[Path, list[str]]):
         super().__init__()
@@ -256,10 +256,13 @@ class NoisePrediction(nn.Module):
 
     def forward(self, latents: Tensor, noise: Tensor, t: Tensor, ids: Tensor) -> Tensor:
         """(B, C, h, w) twice, (B,), (B, T) -> the loss"""
-        a_t = self.alphas_cumprod[t].view(-1, 1, 1, 1)
-        noise_pred = self.model.unet(sd.add_noise(latents, noise, a_t), t, self.model.text_encoder(ids))
-        weight = (self.settings.min_snr * (1 - a_t) / a_t).clamp(max=1)  # min(SNR, gamma) / SNR
-        return (weight * (noise_pred.float() - noise) ** 2).mean()
+        a_t, gamma = self.alphas_cumprod[t].view(-1, 1, 1, 1), self.settings.min_snr
+        predicted = self.model.unet(sd.add_noise(latents, noise, a_t), t, self.model.text_encoder(ids))
+        target, weight = noise, (gamma * (1 - a_t) / a_t).clamp(max=1)  # min(SNR, gamma) / SNR
+        if self.model.config.prediction == "v_prediction":
+            target = a_t**0.5 * noise - (1 - a_t) ** 0.5 * latents
+            weight = weight * a_t if gamma < math.inf else weight  # min(SNR, gamma) / (SNR + 1)
+        return (weight * (predicted.float() - target) ** 2).mean()
 
     def finish(self) -> None:
         """Nothing is left to do."""

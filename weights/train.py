@@ -23,6 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+if __name__ == "__main__" and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in sd.py
+
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
@@ -153,11 +156,8 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
     else:
         text = "{}" if settings.config is None else settings.config
         text = read_text(Path(os.path.expanduser(text))) if text.endswith(".json") else text
-        try:
+        with sd.reading(f"config {settings.config}"):
             config = sd.Config(**json.loads(text))
-        except (TypeError, ValueError) as error:
-            reason = f"config {settings.config}: {sd.one_line(error)}"
-            raise ValueError(f"{reason}; give fields of sd.Config in JSON, or a .json file") from error
         model = new_model(config, settings.seed)
         size, least = config.vocab_size, len(model.tokenizer.ids)
         sd.check("vocab_size", size, size >= least, f"{least} or more")

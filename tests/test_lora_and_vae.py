@@ -1,0 +1,312 @@
+"""Section 9: LoRAs and VAEs of their own, against what diffusers makes of the same files."""
+
+import json
+import re
+from pathlib import Path
+
+import diffusers
+import make_checkpoint
+import pytest
+import torch
+from conftest import measured, relative_error
+from safetensors.torch import load_file, save_file
+
+import sd
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+KOHYA = "lora_unet_" + LAYER.replace(".", "_")
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory) -> dict[str, Path]:
+    """Two LoRAs in each layout, of different ranks."""
+    folder, paths = tmp_path_factory.mktemp("loras"), {}
+    for layout in ("kohya", "peft"):
+        for i, rank in enumerate([4, 8]):
+            tensors = make_checkpoint.random_lora(layout, small=True, seed=i, rank=rank)
+            paths[f"{layout}{i}"] = folder / f"{layout}{i}.safetensors"
+            save_file(tensors, paths[f"{layout}{i}"])
+    return paths
+
+
+def weights(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
+    return {name: weight.detach() for name, weight in model.named_parameters()}
+
+
+def diffusers_weights(pipeline, model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
+    """The weights of a pipeline under our names and in our shapes."""
+    theirs = {}
+    for part in ("text_encoder", "vae", "unet"):
+        for name, tensor in getattr(pipeline, part).state_dict().items():
+            if part == "text_encoder":
+                name = "text_model." + name.removeprefix("text_model.")  # transformers 5 is without it
+            theirs[f"{part}.{name}"] = tensor
+    names = sd.names_in(sd.DIFFUSERS, model)
+    return {name: theirs[names[name]].view(weight.shape) for name, weight in weights(model).items()}
+
+
+def diffusers_fused(small: Path, folder: Path, files: dict[Path, float]):
+    """diffusers' pipeline with LoRAs, {path: scale}, in its weights."""
+    pipeline = make_checkpoint.reference_pipeline(small, folder, small=True)
+    for i, path in enumerate(files):
+        pipeline.load_lora_weights(str(path), adapter_name=f"lora{i}")
+    pipeline.set_adapters([f"lora{i}" for i in range(len(files))], list(files.values()))
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    return pipeline
+
+
+# ------------------------------------------------------------------------------------------------------ LoRA
+
+
+@pytest.mark.parametrize("scales", [{"0": 1.0}, {"0": 0.7}, {"0": 0.7, "1": 1.0}, {"1": -0.3}], ids=str)
+@pytest.mark.parametrize("layout", ["kohya", "peft"])
+def test_merged_weights_match_diffusers(small, small_model, loras, tmp_path, layout, scales):
+    pytest.importorskip("peft", reason="needs peft")
+    files = {loras[layout + i]: scale for i, scale in scales.items()}
+    model = sd.load(small, loras=files)
+    theirs, before = diffusers_weights(diffusers_fused(small, tmp_path, files), model), weights(small_model)
+    changed = 0
+    for name, ours in weights(model).items():
+        error = relative_error(ours, theirs[name])
+        assert measured("weights with LoRAs, against diffusers'", error) <= 1e-5, name
+        changed += not torch.equal(ours, before[name])
+    layers = sum(".lora_up." in name or ".lora_B." in name for name in load_file(next(iter(files))))
+    assert changed == layers > 300
+
+
+def test_formula(small, tmp_path):
+    """A linear layer, a 1x1 and a 3x3 convolution of given numbers, in float64."""
+    layers = {
+        f"{KOHYA}": "unet.down.0.0.transformer.cross_attention.k",
+        "lora_unet_down_blocks_0_attentions_0_proj_in": "unet.down.0.0.transformer.proj_in",
+        "lora_unet_down_blocks_0_resnets_0_conv1": "unet.down.0.0.residual.conv1",
+    }
+    shapes = {KOHYA: (32, 64), "proj_in": (32, 32, 1, 1), "conv1": (32, 32, 3, 3)}
+    generator, tensors, before = torch.Generator().manual_seed(0), {}, weights(sd.load(small))
+    for layer, shape in zip(layers, shapes.values()):
+        down = torch.randn(2, *shape[1:], generator=generator)
+        up = torch.randn(shape[0], 2, *[1 for _ in shape[2:]], generator=generator)
+        tensors |= {f"{layer}.lora_down.weight": down, f"{layer}.lora_up.weight": up}
+        tensors[f"{layer}.alpha"] = torch.tensor(0.5)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    after = weights(sd.load(small, loras={tmp_path / "lora.safetensors": 0.6}))
+    for layer, name in layers.items():
+        up, down = (tensors[f"{layer}.lora_{end}.weight"].double().squeeze() for end in ("up", "down"))
+        delta = 0.6 * 0.5 / 2 * torch.einsum("or,r...->o...", up, down)
+        expected = before[f"{name}.weight"].double() + delta
+        assert (after[f"{name}.weight"] - expected).abs().max() < 1e-5
+    same = [name for name in before if torch.equal(before[name], after[name])]
+    assert len(same) == len(before) - 3
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_alpha_in_pefts_metadata(small, tmp_path, part):
+    """As diffusers' scripts save it where alpha is not the rank; without it, alpha is the rank."""
+    tensors = make_checkpoint.random_lora("peft", small=True)
+    tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(f"{part}.")}
+    modules = sorted({name.split(".", 1)[1].split(".lora_")[0] for name in tensors})
+    about = {"r": 4, "lora_alpha": 12, "target_modules": modules, "peft_type": "LORA"}
+    metadata = json.dumps({f"{part}.{key}": value for key, value in about.items()})
+    plain, labeled = tmp_path / "plain.safetensors", tmp_path / "labeled.safetensors"
+    save_file(tensors, plain)
+    save_file(tensors, labeled, {"lora_adapter_metadata": metadata})
+    model, thrice = sd.load(small, loras={labeled: 1}), weights(sd.load(small, loras={plain: 3}))
+    for name, ours in weights(model).items():
+        assert relative_error(ours, thrice[name]) <= 1e-6, name
+    if part == "unet":  # the text encoder's metadata is more than diffusers can read with transformers 5
+        pytest.importorskip("peft", reason="needs peft")
+        theirs = diffusers_weights(diffusers_fused(small, tmp_path / "configs", {labeled: 1}), model)
+        for name, ours in weights(model).items():
+            assert relative_error(ours, theirs[name]) <= 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_dtype_and_layout_are_the_models(small, loras, dtype):
+    model = sd.load(small, dtype=dtype, loras={loras["kohya0"]: 1})
+    exact = weights(sd.load(small, loras={loras["kohya0"]: 1}))
+    for name, ours in weights(model).items():
+        layout = torch.channels_last if ours.ndim == 4 else torch.contiguous_format
+        assert ours.dtype == dtype and ours.is_contiguous(memory_format=layout), name
+        assert relative_error(ours.float(), exact[name]) < 2 * torch.finfo(dtype).eps, name
+
+
+def test_scale_of_zero_changes_nothing(small, small_model, loras):
+    model, plain = sd.load(small, loras={loras["kohya0"]: 0.0}), weights(small_model)
+    assert all(torch.equal(weight, plain[name]) for name, weight in weights(model).items())
+
+
+def test_diffusers_folder_and_offload(small_folder, small, loras):
+    """The LoRA's names do not depend on the checkpoint's layout."""
+    model = sd.load(small_folder, offload=True, loras={str(loras["peft0"]): 1})
+    expected = weights(sd.load(small, loras={loras["peft0"]: 1}))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+
+
+def test_text_encoder_without_text_model_in_its_names(small, loras, tmp_path):
+    """As PEFT writes it with transformers 5."""
+    tensors = {name.replace(".text_model", ""): x for name, x in load_file(loras["peft0"]).items()}
+    assert any(name.startswith("text_encoder.encoder.") for name in tensors)
+    save_file(tensors, tmp_path / "lora.safetensors")
+    model = sd.load(small, loras={tmp_path / "lora.safetensors": 1})
+    expected = weights(sd.load(small, loras={loras["peft0"]: 1}))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+
+
+def test_tensors_that_fit_no_layer_are_named(small, loras, tmp_path):
+    more = {
+        f"lora_unet_guide_{i}.lora_{end}.weight": torch.ones(2, 2) for i in (1, 2) for end in ("up", "down")
+    }
+    save_file(load_file(loras["kohya0"]) | more, tmp_path / "lora.safetensors")
+    with pytest.warns(
+        UserWarning, match=r"lora\.safetensors: 4 tensors fit no layer: unet_guide_1\."
+    ) as notes:
+        model = sd.load(small, loras={tmp_path / "lora.safetensors": 1})
+    expected = weights(sd.load(small, loras={loras["kohya0"]: 1}))
+    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+    assert len(notes) == 1
+
+
+def pair(layer: str, out: int = 32, inner: int = 64, rank: int = 2) -> dict[str, torch.Tensor]:
+    return {
+        f"{layer}.lora_up.weight": torch.ones(out, rank),
+        f"{layer}.lora_down.weight": torch.ones(rank, inner),
+    }
+
+
+XL = f"lora_te2_text_model_encoder_layers_0_self_attn_q_proj.{'lora_up.weight'}"
+BAD_LORAS = {
+    "missing": (None, "[Nn]o such file"),
+    "SDXL, by its context": (pair(KOHYA, 320, 2048), "Stable Diffusion XL .* a LoRA of SD v1"),
+    "SDXL's in PEFT's layout": ({f"unet.{LAYER}.lora_A.weight": torch.ones(2, 2048)}, "Stable Diffusion XL"),
+    "SDXL, by its text encoders": ({XL: torch.ones(2, 2)}, "Stable Diffusion XL"),
+    "SD 2": (pair(KOHYA, 320, 1024), "Stable Diffusion 2 .* a LoRA of SD v1"),
+    "FLUX": (pair("lora_unet_double_blocks_0_img_attn_qkv"), "FLUX"),
+    "LoHa": ({f"{KOHYA}.hada_w1_a": torch.ones(2, 2)}, "a LoHa"),
+    "LoKr": ({f"{KOHYA}.lokr_w1": torch.ones(2, 2)}, "a LoKr"),
+    "DoRA": (pair(KOHYA) | {f"{KOHYA}.dora_scale": torch.ones(32, 1)}, "a DoRA"),
+    "decomposed convolution": (pair(KOHYA) | {f"{KOHYA}.lora_mid.weight": torch.ones(2, 2, 3, 3)}, "a LoHa"),
+    "another width": (pair(KOHYA, 32, 60), r"\b60\b|\[64\]"),
+    "transposed": (pair(KOHYA, 64, 32), r"\b32\b|\[64\]"),
+    "two ranks": (pair(KOHYA) | {f"{KOHYA}.lora_up.weight": torch.ones(32, 3)}, "shape"),
+    "half a pair": ({f"{KOHYA}.lora_up.weight": torch.ones(32, 2)}, r"down' is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tensors, pattern", BAD_LORAS.values(), ids=BAD_LORAS)
+def test_loras_that_are_refused(small, tmp_path, tensors, pattern):
+    path = tmp_path / "lora.safetensors"
+    if tensors is not None:
+        save_file(tensors, path)
+    with pytest.raises((OSError, ValueError)) as error:
+        sd.load(small, loras={path: 1})
+    message = str(error.value)
+    assert str(path) in message and "\n" not in message and re.search(pattern, message), message
+
+
+def test_each_kind_of_file_is_refused_in_the_others_place(small, loras, tmp_path):
+    make_checkpoint.write_vae(tmp_path / "vae.safetensors", small=True)
+    save_file(load_file(small), tmp_path / "whole.safetensors")
+    for message, arguments in {
+        "a checkpoint and must be a LoRA": {"loras": {tmp_path / "whole.safetensors": 1}},
+        "a VAE or a UNet and must be a LoRA": {"loras": {tmp_path / "vae.safetensors": 1}},
+        "a LoRA and must be a VAE": {"vae": loras["kohya0"]},
+        "a checkpoint and must be a VAE": {"vae": tmp_path / "whole.safetensors"},
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            sd.load(small, **arguments)
+
+
+# ------------------------------------------------------------------------------------------- a VAE of its own
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+def bare(path: Path, suffix: str) -> Path:
+    make_checkpoint.write_vae(path.with_suffix(suffix), small=True, seed=3)
+    return path.with_suffix(suffix)
+
+
+def prefixed(path: Path) -> Path:
+    """As some fine-tuned VAEs have it, with their loss."""
+    tensors = load_file(bare(path, ".safetensors"))
+    tensors = {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
+    save_file(tensors | {"first_stage_model.loss.logvar": torch.zeros(())}, path.with_suffix(".safetensors"))
+    return path.with_suffix(".safetensors")
+
+
+def old_folder(path: Path) -> Path:
+    """With the names of attention that diffusers had at first."""
+    [file] = bare(path, "").glob("*.safetensors")
+    tensors = load_file(file)
+    for new, old in OLD.items():
+        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
+    assert any("proj_attn" in name for name in tensors)
+    save_file(tensors, file)
+    return path
+
+
+VAES = {
+    "safetensors": lambda path: bare(path, ".safetensors"),
+    "ckpt": lambda path: bare(path, ".ckpt"),
+    "prefixed": prefixed,
+    "diffusers folder": lambda path: bare(path, ""),
+    "old diffusers folder": old_folder,
+    "diffusers file": lambda path: next(bare(path, "").glob("*.safetensors")),
+}
+
+
+@pytest.mark.parametrize("kind", VAES)
+@pytest.mark.parametrize("layout", ["small", "small_folder"])
+def test_vae_matches_diffusers(kind, layout, request, small_model, tmp_path, recwarn):
+    """Whatever the checkpoint's layout; nothing but the VAE changes."""
+    model = sd.load(request.getfixturevalue(layout), vae=VAES[kind](tmp_path / "vae"))
+    make_checkpoint.write_vae(tmp_path / "reference", small=True, seed=3)
+    reference = diffusers.AutoencoderKL.from_pretrained(tmp_path / "reference")
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        image = reference.decode(latents).sample
+        assert relative_error(model.vae.decode(latents), image) < 1e-5
+        assert relative_error(model.vae.encode(image)[0], reference.encode(image).latent_dist.mean) < 1e-5
+    plain = weights(small_model)
+    for name, weight in weights(model).items():
+        assert torch.equal(weight, plain[name]) != name.startswith("vae."), name
+    assert model.config == small_model.config and not [str(note.message) for note in recwarn]
+
+
+def test_latent_scale_of_the_vae(small, tmp_path):
+    folder = bare(tmp_path / "vae", "")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    model = sd.load(small, vae=folder)
+    assert model.config.latent_scale == 0.5
+    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(model.decode(latents), model.vae.decode(latents / 0.5))
+    (folder / "config.json").unlink()
+    assert sd.load(small, vae=folder).config.latent_scale == 0.18215
+
+
+def test_bad_vaes_are_named(small, loras, tmp_path):
+    path = bare(tmp_path / "vae", ".safetensors")
+    tensors = load_file(path)
+    save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, path)
+    with pytest.raises(
+        ValueError, match=r"vae\.safetensors: 1 bad tensors: first_stage_model\.quant_conv\.bias is"
+    ):
+        sd.load(small, vae=path)
+    save_file(tensors | {"quant_conv.bias": torch.ones(7)}, path)
+    with pytest.raises(
+        ValueError, match=r"vae\.safetensors: 1 bad tensors: .*quant_conv\.bias has shape \(7,\)"
+    ):
+        sd.load(small, vae=path)
+    with pytest.raises(ValueError, match="nothing: .*[Nn]o such file"):
+        sd.load(small, vae=tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty is without weights"):
+        sd.load(small, vae=tmp_path / "empty")
+    save_file(tensors | {"guide": torch.ones(1)}, path)
+    with pytest.warns(
+        UserWarning, match=r"vae\.safetensors: 1 tensors are not used: first_stage_model\.guide"
+    ):
+        sd.load(small, vae=path)
