@@ -4,7 +4,7 @@
 
 The tokenizer (section 2) turns the prompt into ids, and the text encoder (4) turns these into a context. In
 latents, which are an eighth of an image's size and begin as noise, the UNet (6) predicts the noise, and a
-sampler (7) removes some of it, step by step. The autoencoder (5) decodes them; the pipeline (8) connects all.
+sampler (7) removes a part of it at each step. The autoencoder (5) decodes the result; (8) connects all.
 Sections 1 to 8 are the complete method; 9 and 10 make it a tool.
 Shapes have B for batch, T and S tokens, D and d dimensions, C channels, H W pixels, h w sizes of latents.
 
@@ -32,9 +32,9 @@ from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO, NamedTuple
 
-if __name__ == "__main__":  # before the imports that take a second
+if __name__ == "__main__":  # before PyTorch is imported, which takes a second and reads the environment
     sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
-    if "OMP_WAIT_POLICY" not in os.environ:  # threads that spin for longer stall where a core is busy
+    if "OMP_WAIT_POLICY" not in os.environ:  # long spins of waiting threads stall all where a core is busy
         os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 
 import numpy as np
@@ -95,8 +95,7 @@ class Config:
         check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
         check("unet_channels", self.unet_channels, self.unet_channels[0] % 2 == 0, "even at the first level")
         check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
-        betas = f"{self.beta_start} to {self.beta_end}"
-        check("beta_start to beta_end", betas, 1e-9 <= self.beta_start <= self.beta_end < 1, "within (0, 1)")
+        check("beta_end", self.beta_end, 1e-9 <= self.beta_start <= self.beta_end < 1, "from beta_start to 1")
         right = self.prediction in ("epsilon", "v_prediction")
         check("prediction", self.prediction, right, "epsilon or v_prediction")
         channels = self.unet_channels + self.vae_channels
@@ -427,7 +426,7 @@ class UNetBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts the noise in noisy latents."""
+    """Predicts the noise in noisy latents or, as the Config says, v."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -561,7 +560,7 @@ class DPMPlusPlus(DDIM):
 
 
 SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusPlus}
-SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # ComfyUI's and AUTOMATIC1111's: ours
+SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # in PNGs (A1111 has no DDPM): ours
 
 
 # ------------------------------------------------------------------------------------------------- 8 pipeline
@@ -570,11 +569,11 @@ SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # ComfyUI
 
 def one_line(error: object) -> str:
     """The message of an exception or a warning, without line breaks."""
-    return " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+    return " ".join(re.sub(r"^\[Errno -?\d+\] ", "", str(error)).split()) or type(error).__name__
 
 
 @contextmanager
-def reading(path: Any) -> Iterator[None]:
+def reading(path: Any, advice: str = "use another one, or download it again") -> Iterator[None]:
     """Turns whatever fails in a foreign file into a ValueError of one line about the file."""
     try:
         yield
@@ -584,7 +583,7 @@ def reading(path: Any) -> Iterator[None]:
         paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
         missing = " is missing" if isinstance(error, KeyError) else ""
         reason = re.sub(paragraphs, "", one_line(error))[:300] + missing
-        raise ValueError(f"{path}: {reason}; use another one, or download it again") from error
+        raise ValueError(f"{path}: {reason}; {advice}") from error
 
 
 def open_image(source: Any, background: str = "white") -> Image.Image:
@@ -711,10 +710,9 @@ class StableDiffusion(nn.Module):
     def embed(self, texts: list[str]) -> Tensor:
         """B texts -> context (B, T, text_dim). Warns about words that do not fit."""
         for text in dict.fromkeys(texts):
-            if words := self.tokenizer.dropped(text):
-                most = self.tokenizer.length - 2
-                warnings.warn(f"a prompt has over {most} tokens; dropped: {' '.join(words)}", stacklevel=2)
-            if weight := re.search(r"\([^()]*:[\d.]+\)", text):
+            if words := " ".join(self.tokenizer.dropped(text)):
+                warnings.warn(f"over {self.tokenizer.length - 2} tokens; dropped: {words}", stacklevel=2)
+            if weight := re.search(r"[(<][^()<>]*:[-\d.]+[)>]", text):
                 warnings.warn(f"{weight[0]} is plain text to CLIP: weights are not built in", stacklevel=2)
         ids = torch.tensor([self.tokenizer(text) for text in texts], device=self.device)  # (B, T)
         with self.on_device(self.text_encoder), torch.no_grad():
@@ -955,8 +953,8 @@ FAMILIES = {  # of models: a pattern for the name of one of their tensors and th
     "an inpainting or InstructPix2Pix UNet": r"(input_blocks\.0\.0|^conv_in)\.weight [89]$",
     "a model with zero terminal SNR": r"^ztsnr$",
     "a LoRA": r"lora[_.]",
-    "a checkpoint": r"^model\.diffusion_model\.",
-    "a VAE or a UNet": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)|^(input|down)_blocks\.",
+    "a VAE": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)",
+    "a UNet": r"^(input|down)_blocks\.",
 }
 DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_dim is the number of heads
     "scheduler": {"num_train_timesteps": "timesteps", "prediction_type": "prediction",
@@ -974,7 +972,7 @@ DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_di
 
 
 def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
-    """The tensors of a file that must be of this kind, its Config's fields, and the map that they lie in."""
+    """The tensors of a file, what its metadata says, the map they lie in. Refuses FAMILIES not in `kind`."""
     with reading(path):
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy on write: the file stays as is
@@ -984,27 +982,28 @@ def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], li
         for name, tensor in tensors.items() if CONFIG_KEY not in metadata else []:
             name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
             for family, pattern in FAMILIES.items():
-                check("this", family, family == kind or not re.search(pattern, name), f"{kind} of SD v1")
-        sizes = metadata.get(CONFIG_KEY, metadata.get("lora_adapter_metadata", "{}"))  # ours or PEFT's
-        return tensors, dict(json.loads(sizes)), [data]
+                check("this", family, family in kind or not re.search(pattern, name), f"{kind} of SD v1")
+        about = metadata.get(CONFIG_KEY, metadata.get("lora_adapter_metadata", "{}"))  # a Config, or PEFT's
+        return tensors, dict(json.loads(about)), [data]
 
 
 def read_folder(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
-    """The same of parts of a model in diffusers' layout; the names of tensors begin with their part's."""
+    """The tensors of parts in diffusers' layout, under part.name, the fields of Config, and the maps."""
     suffixes = (".safetensors", ".fp16.safetensors", ".bin", ".fp16.bin")
     stems = ("diffusion_pytorch_model", "model", "pytorch_model")
     tensors, sizes, maps = {}, {}, []  # type: ignore[var-annotated]
     for part, folder in folders.items():
         files = [file for end in suffixes for stem in stems if (file := folder / (stem + end)).is_file()]
         if part != "scheduler":
-            check(str(folder), "without weights", files, "part of a whole diffusers folder")
+            check(str(folder), "without weights", files, f"a {part} in diffusers' layout")
             found, _, data = read_file(files[0], "a VAE or a UNet")
             tensors |= {f"{part}.{name}": tensor for name, tensor in found.items()}
             maps += data
         file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
         with reading(file):
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            check("rescale_betas_zero_snr", "true", not settings.get("rescale_betas_zero_snr"), "false")
+            for name, only in (("rescale_betas_zero_snr", False), ("beta_schedule", "scaled_linear")):
+                check(name, settings.get(name), settings.get(name, only) == only, str(only))
             for name, value in settings.items():
                 value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
                 if ours := DIFFUSERS_CONFIG[part].get(name):
@@ -1013,7 +1012,7 @@ def read_folder(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any
     return tensors, sizes, maps
 
 
-def fit(path: Path, tensors: dict[str, Any], model: StableDiffusion, names: dict[str, str]) -> dict[str, Any]:
+def pick_tensors(path: Path, tensors: dict, model: StableDiffusion, names: dict[str, str]) -> dict[str, Any]:
     """Our name of each tensor -> the file's, in our shape. Raises ValueError; warns of tensors left over."""
     for old, new in OLD_NAMES.items():
         tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
@@ -1027,7 +1026,7 @@ def fit(path: Path, tensors: dict[str, Any], model: StableDiffusion, names: dict
         else:
             state[name] = tensor.detach().reshape(shape)
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole checkpoint")
+        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole one")
     if unused := [name for name in tensors if not UNNEEDED.search(name)]:
         warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused[:3])}", stacklevel=2)
     return state
@@ -1035,19 +1034,21 @@ def fit(path: Path, tensors: dict[str, Any], model: StableDiffusion, names: dict
 
 def merge_lora(model: StableDiffusion, state: dict[str, Tensor], path: Path, scale: float) -> None:
     """W += scale * alpha / rank * up @ down for each layer of a LoRA, where convolutions count as matrices
-    (Hu et al. 2021, sec. 4.1, arXiv:2106.09685). Raises ValueError; warns of tensors that fit no layer."""
+    (Hu et al. 2021, sec. 4.1, arXiv:2106.09685). Changes `state`; warns of tensors that fit no layer."""
     tensors, about, _ = read_file(path, "a LoRA")
     with reading(path):
         for old, new in LORA_NAMES.items():
             tensors = {re.sub(old, new, name): tensor for name, tensor in tensors.items()}
-        for ours, theirs in names_in(DIFFUSERS, model).items():
-            layer = theirs.removesuffix(".weight").replace(".", "_")
-            if f"{layer}.up" in tensors:
-                up, down = (tensors.pop(f"{layer}.{end}").float().flatten(1) for end in ("up", "down"))
-                alpha = about.get(f"{theirs.split('.')[0]}.lora_alpha", len(down))  # in PEFT's metadata
-                ratio, weight = tensors.pop(f"{layer}.alpha", alpha) / len(down), state[ours]
-                delta = (scale * ratio * up @ down).unflatten(1, weight.shape[1:])  # (out, in)
-                state[ours] = (weight + delta.to(weight.device)).to(weight.dtype)
+        names = names_in(DIFFUSERS, model).items()
+        layers = {theirs.removesuffix(".weight").replace(".", "_"): ours for ours, theirs in names}
+        layers = {layer: ours for layer, ours in layers.items() if f"{layer}.up" in tensors}
+        check("this", "without layers of SD v1", layers, "a LoRA of SD v1")
+        for layer, ours in layers.items():
+            up, down = (tensors.pop(f"{layer}.{end}").float().flatten(1) for end in ("up", "down"))
+            alpha = about.get(f"{ours.split('.')[0]}.lora_alpha", len(down))  # in PEFT's metadata
+            ratio, weight = float(tensors.pop(f"{layer}.alpha", alpha)) / len(down), state[ours]
+            delta = (scale * ratio * up @ down).unflatten(1, weight.shape[1:])  # (out, in)
+            state[ours] = (weight + delta.to(weight.device)).to(weight.dtype)
     if rest := list(tensors):
         warnings.warn(f"{path}: {len(rest)} tensors fit no layer: {', '.join(rest[:3])}", stacklevel=3)
 
@@ -1062,43 +1063,40 @@ def pick_device(name: Any) -> torch.device:
     return torch.device(name)
 
 
-def load(
-    path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False,
-    vae: str | Path | None = None, loras: Mapping[Any, float] = {},
-) -> StableDiffusion:  # fmt: skip
+def load(path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float32, offload: bool = False,
+         vae: str | Path | None = None, loras: Mapping[Any, float] = {}) -> StableDiffusion:  # fmt: skip
     """Loads a Stable Diffusion v1 checkpoint: CompVis's .safetensors or .ckpt, or a diffusers folder. `vae`,
     such a file or folder, takes its VAE's place; `loras` are merged, {path: scale}. With `offload`, each part
     of the model is on `device` only while it runs. Raises ValueError."""
     path, device = Path(os.path.expanduser(path)), pick_device(device)
     check(str(path), "missing", path.exists(), "downloaded, as weights/README.md says")
-    if path.is_dir():
-        tensors, sizes, maps = read_folder({part: path / part for part in DIFFUSERS_CONFIG})
-    else:
-        tensors, sizes, maps = read_file(path, "a checkpoint")
+    folders = {part: path / part for part in DIFFUSERS_CONFIG}
+    tensors, sizes, maps = read_folder(folders) if path.is_dir() else read_file(path, "a checkpoint")
     sizes |= {"prediction": "v_prediction"} if "v_pred" in tensors else {}
     with reading(path), torch.device("meta"):
         model = StableDiffusion(Config(**sizes))
-    state = fit(path, tensors, model, names_in(DIFFUSERS if path.is_dir() else COMPVIS, model))
+    state = pick_tensors(path, tensors, model, names_in(DIFFUSERS if path.is_dir() else COMPVIS, model))
     if vae:
         vae = Path(os.path.expanduser(vae))
-        tensors, sizes, own = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE or a UNet")
+        tensors, sizes, own = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE")
         dialect = DIFFUSERS if any("mid_block" in name for name in tensors) else COMPVIS
         prefix = PREFIXES["vae"].split()[dialect]
         tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-        state |= fit(vae, tensors, model, names_in(dialect, model, ["vae"]))
+        state |= pick_tensors(vae, tensors, model, names_in(dialect, model, ["vae"]))
         latent_scale = sizes.get("latent_scale", model.config.latent_scale)
         model.config, maps = replace(model.config, latent_scale=latent_scale), maps + own
-    home = torch.device("cpu") if offload else device
+    tensors, home = {}, torch.device("cpu") if offload else device  # the originals can go
     for name, tensor in state.items():
         if tensor.dtype != dtype or home.type != "cpu":  # convolutions are faster in channels_last
             layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
             state[name] = tensor.to(home, dtype, memory_format=layout)
             for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original's pages can be freed
                 data.madvise(mmap.MADV_DONTNEED)
+    model.name = path.name if path.is_dir() else re.sub(r"\.(safetensors|ckpt)$", "", path.name)
     for file, scale in loras.items():
         merge_lora(model, state, Path(os.path.expanduser(file)), scale)
+        model.name += f" + {Path(file).stem}:{scale:g}"
     model.load_state_dict(state, assign=True)
-    model.name = path.name if path.is_dir() else re.sub(r"\.(safetensors|ckpt)$", "", path.name)
     model.offload_device = device if offload else None
     return model.eval()
 
@@ -1129,9 +1127,9 @@ def save(model: StableDiffusion, path: str | Path) -> None:
 # -------------------------------------------------------------------------------------------- 10 command line
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PNG_NAMES = {  # of settings in the text of a PNG: ours
-    "Steps": "steps", "Sampler": "sampler", "CFG scale": "guidance", "Seed": "seed", "Width": "width",
-    "Height": "height", "Denoising strength": "strength", "Hires upscale": "upscale"}  # fmt: skip
+PNG_NAMES = {  # of settings in the text of a PNG, and of options
+    "Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Width": "width", "Height": "height",
+    "Denoising strength": "strength", "Hires upscale": "upscale"}  # fmt: skip
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -1141,8 +1139,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--prompt", metavar="TEXT", help="what to generate an image of, or @FILE with one per line")
     option("--negative", metavar="TEXT", default="", help="what to avoid")
     option("--weights", metavar="PATH", default=DEFAULT_WEIGHTS, type=Path, help="checkpoint (emoji model)")
-    option("--vae", metavar="PATH", type=Path, help="use this autoencoder instead of the checkpoint's")
-    option("--lora", metavar="FILE[:SCALE]", action="append", default=[], help="to merge; repeatable (:1)")
+    option("--vae", metavar="PATH", type=Path, help="an autoencoder instead of the checkpoint's")
+    option("--lora", metavar="FILE[:SCALE]", action="append", default=[], help="a LoRA; may be repeated (:1)")
     option("--out", metavar="FILE", default="out.png", type=Path, help="or a free name like it (out.png)")
     option("--steps", metavar="N", default=50, type=int, help="denoising steps, 1 to 1000 (50)")
     option("--guidance", metavar="G", default=7.5, type=float, help="how closely to follow the prompt (7.5)")
@@ -1167,7 +1165,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     check("the option or word", " ".join(unknown[:1]), not unknown, "one that --help shows")
     check("--prompt", "missing", args.prompt is not None, "given")
     if isinstance(args.prompt, str) and args.prompt.startswith("@"):
-        with reading(args.prompt):
+        with reading(args.prompt, "use text in UTF-8"):
             lines = Path(os.path.expanduser(args.prompt[1:])).read_text(encoding="utf-8-sig").splitlines()
         args.prompt = [line.strip() for line in lines if line.strip()]
     loras = [re.split(r":(?=[-.\d]+$)", lora) for lora in args.lora]
@@ -1178,21 +1176,24 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def read_settings(path: Path) -> dict[str, Any]:
     """The options in the text that sd.py or AUTOMATIC1111's web UI wrote into a PNG. Raises ValueError."""
     with reading(path), Image.open(os.path.expanduser(path)) as image:
-        text, _, last = f"\n{image.info['parameters']}".rpartition("\nSteps: ")
-    prompt, _, negative = text[1:].partition("\nNegative prompt: ")
-    last = re.sub(r"Size: (\d+)x(\d+)", r"Width: \1, Height: \2", f"Steps: {last}")
+        text, steps, last = f"\n{image.info['parameters']}".rpartition("\nSteps: ")
+        check("its text", "without steps", steps, "that of sd.py or AUTOMATIC1111's web UI")
+    prompt, _, negative = text.partition("\nNegative prompt: ")
+    last = re.sub(r"Size: (\d+)x(\d+)", r"Width: \1, Height: \2", f"Steps: {last}").replace(", RNG: CPU", "")
     found = dict(re.findall(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last))
-    options = {PNG_NAMES[key]: SAMPLER_NAMES.get(x, x) for key, x in found.items() if key in PNG_NAMES}
-    if other := [f"{key}: {value}" for key, value in found.items() if key not in (*PNG_NAMES, "RNG")]:
-        warnings.warn(f"{path}: not taken over: {', '.join(other)}", stacklevel=2)
-    return options | {"prompt": [prompt], "negative": negative}
+    options = {ours: found.pop(theirs) for theirs, ours in PNG_NAMES.items() if theirs in found}
+    if found.get("Sampler") in SAMPLER_NAMES:
+        options["sampler"] = SAMPLER_NAMES[found.pop("Sampler")]
+    if other := ", ".join(f"{key}: {value}" for key, value in found.items()):
+        warnings.warn(f"{path}: not taken over: {other}", stacklevel=2)
+    return options | {"prompt": [prompt[1:]], "negative": negative}
 
 
 def reuse_memory() -> None:
     """Makes this process keep freed memory; getting it back takes a tenth of a step, a fifth of decoding."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
-        libc.mallopt(-3, 2**27)  # M_MMAP_THRESHOLD, in bytes: only larger blocks are returned
+        libc.mallopt(-3, 2**27) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older glibc allows 2**25
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
@@ -1224,7 +1225,7 @@ def generate_files(arguments: list[str]) -> None:
     used = args.strength is None or args.image or args.upscale
     check("strength", "given", used, "used with --image or --upscale only")
     check("upscale", args.upscale, args.upscale is None or 1 < args.upscale <= 4, "over 1 and at most 4")
-    check("upscale", "given", not (args.upscale and args.image), "left out: --width and --height enlarge too")
+    check("upscale", "given", not (args.upscale and args.image), "left out: --width and --height enlarge it")
     if args.strength is None:
         args.strength = 0.35 if args.upscale else Settings.strength
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
@@ -1262,8 +1263,7 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
         sys.unraisablehook = lambda _: None  # what a half-made progress bar raises when it is deleted
         return 130
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
-        place = getattr(error, "filename", None)
-        wrong = f"{place}: {one_line(error)}" if place else one_line(error)
+        wrong = one_line(error)
         if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):

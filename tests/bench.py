@@ -35,8 +35,6 @@ PROMPT, RECIPE = "a photo of a cat", ROOT / "weights" / "emoji.json"
 
 def load(side: str, device: str, dtype: str, weights: str):
     """Our model, or diffusers' pipeline from the same file."""
-    if side == OURS:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
     import torch
 
     torch_dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
@@ -182,11 +180,11 @@ def training(side: str, device: str, folder: str) -> float:
     return len(latents) / seconds(update, repeats=10)
 
 
-def busy(side: str, device: str, function: str, **arguments):
+def busy(side: str, device: str, name: str, **arguments):
     """A measurement beside a process that keeps a core busy."""
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as other:
         try:
-            return globals()[function](side, device, **arguments)
+            return globals()[name](side, device, **arguments)
         finally:
             other.kill()
 
@@ -278,7 +276,7 @@ def cases(device: str, folder: str) -> list[tuple[str, str, Callable, dict]]:
     for dtype, weights, wanted, wanted_vae in models:
         model = {"dtype": dtype, "weights": weights}
         found.append((f"step, {dtype}, s", wanted, step, model))
-        found.append((f"step, {dtype}, beside a busy process, s", "", busy, model | {"function": "step"}))
+        found.append((f"step, {dtype}, beside a busy process, s", "", busy, model | {"name": "step"}))
         if device != "cpu":
             found.append((f"step, {dtype}, compiled, s", "<= 0.90", step, model | {"compiled": True}))
         found.append((f"decode, {dtype}, s", wanted_vae, vae, model | {"method": "decode"}))
@@ -286,7 +284,7 @@ def cases(device: str, folder: str) -> list[tuple[str, str, Callable, dict]]:
         out = {"out": f"{folder}/out.png"}
         found.append((f"20 steps to a PNG, {dtype}, s", "<= 0.90", command, model | out))
     found.append(("default model to a PNG, s", "", emoji, emoji_folder | out))
-    beside = emoji_folder | out | {"function": "emoji"}
+    beside = emoji_folder | out | {"name": "emoji"}
     found.append(("default model to a PNG, beside a busy process, s", "", busy, beside))
     found.append(("training, images per s", ">= 1.2", training, emoji_folder))
     for size, n in [(256, 1), (512, 1), (768, 1), (1024, 1), (256, 2), (256, 4), (256, 8)]:
@@ -365,6 +363,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.call:
         name, arguments = args.call
+        if arguments.get("side") == OURS:
+            os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as the command line does
         result = {"value": globals()[name](**arguments)}
         if arguments.get("device") == "cuda":
             import torch

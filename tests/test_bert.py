@@ -342,7 +342,9 @@ def test_bad_folder_is_refused_in_one_line(folder, file, content, reason, tmp_pa
     with pytest.raises(ValueError, match=reason) as caught:
         bert.read_bert(folder)
     message = str(caught.value)
-    assert message.startswith(f"{path}: ") and message.endswith("; use another one, or download it again")
+    assert message.startswith(f"{path}: ") and message.endswith(
+        ("; use a folder like bert-base-uncased's", "; use another one, or download it again")
+    )
     assert len(message.splitlines()) == 1 and len(message) < len(str(path)) + 250
 
 

@@ -534,7 +534,8 @@ def test_v_prediction_is_recognized(tiny, folder, tmp_path):
 
 @pytest.mark.parametrize("changes, message", [
     ({"prediction_type": "sample"}, "prediction is sample and must be epsilon or v_prediction"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is true and must be false"),
+    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True and must be False"),
+    ({"beta_schedule": "linear"}, "beta_schedule is linear and must be scaled_linear"),
 ])  # fmt: skip
 def test_other_schedules_are_refused(folder, changes, message):
     scheduler_config(folder, **changes)

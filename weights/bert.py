@@ -99,22 +99,23 @@ def text_models(config: sd.Config) -> tuple[WordPiece, BERTTextEncoder]:
 
 def read_bert(folder: Path) -> tuple[dict[str, Any], BERTTextEncoder]:
     """Fields of Config and the text encoder, in float32, of a folder from Hugging Face. Raises ValueError."""
+    advice = "use a folder like bert-base-uncased's"
     path = folder / "config.json"
-    with sd.reading(path):
+    with sd.reading(path, advice):
         settings = json.loads(path.read_text(encoding="utf-8"))
         fields = {ours: settings[theirs] for theirs, ours in sd.DIFFUSERS_CONFIG["text_encoder"].items()}
         fields["text_length"] = min(fields["text_length"], sd.Config.text_length)
         config = sd.Config(**fields, vocabulary=("[PAD]",))  # replaced below
     path = folder / "vocab.txt"
-    with sd.reading(path):
+    with sd.reading(path, advice):
         vocabulary = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
         config = replace(config, vocabulary=tuple(vocabulary))
         with torch.device("meta"):
             _, encoder = text_models(config)
     path, other = folder / "model.safetensors", folder / "pytorch_model.bin"
     path = other if other.exists() and not path.exists() else path
-    tensors, *_ = sd.read_file(path, "BERT")
-    with sd.reading(path):
+    tensors, *_ = sd.read_file(path, "a text encoder")
+    with sd.reading(path, advice):
         for old, new in ((r"^bert\.", ""), (r"\.gamma$", ".weight"), (r"\.beta$", ".bias")):
             tensors = {regex.sub(old, new, name): tensor for name, tensor in tensors.items()}
         positions = tensors["embeddings.position_embeddings.weight"][: config.text_length]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 def read_text(file: Path) -> str:
     """The text of a file in UTF-8, with or without a byte order mark. Raises ValueError."""
-    with sd.reading(file):
+    with sd.reading(file, "use text in UTF-8"):
         return file.read_text(encoding="utf-8-sig")
 
 

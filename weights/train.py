@@ -156,7 +156,7 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
     else:
         text = "{}" if settings.config is None else settings.config
         text = read_text(Path(os.path.expanduser(text))) if text.endswith(".json") else text
-        with sd.reading(f"config {settings.config}"):
+        with sd.reading(f"config {settings.config}", "give fields of sd.Config in JSON, or a .json file"):
             config = sd.Config(**json.loads(text))
         model = new_model(config, settings.seed)
         size, least = config.vocab_size, len(model.tokenizer.ids)
