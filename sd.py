@@ -1078,13 +1078,13 @@ def load(path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float
     state = pick_tensors(path, tensors, model, names_in(DIFFUSERS if path.is_dir() else COMPVIS, model))
     if vae:
         vae = Path(os.path.expanduser(vae))
-        tensors, sizes, own = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE")
+        tensors, sizes, _ = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE")
         dialect = DIFFUSERS if any("mid_block" in name for name in tensors) else COMPVIS
         prefix = PREFIXES["vae"].split()[dialect]
         tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         state |= pick_tensors(vae, tensors, model, names_in(dialect, model, ["vae"]))
         latent_scale = sizes.get("latent_scale", model.config.latent_scale)
-        model.config, maps = replace(model.config, latent_scale=latent_scale), maps + own
+        model.config = replace(model.config, latent_scale=latent_scale)
     tensors, home = {}, torch.device("cpu") if offload else device  # the originals can go
     for name, tensor in state.items():
         if tensor.dtype != dtype or home.type != "cpu":  # convolutions are faster in channels_last
