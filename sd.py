@@ -1002,8 +1002,8 @@ def read_folder(folders: dict[str, Path]) -> tuple[dict[str, Any], dict[str, Any
         file = folder / ("scheduler_config.json" if part == "scheduler" else "config.json")
         with reading(file):
             settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-            for name, only in (("rescale_betas_zero_snr", False), ("beta_schedule", "scaled_linear")):
-                check(name, settings.get(name), settings.get(name, only) == only, str(only))
+            for name, known in (("rescale_betas_zero_snr", False), ("beta_schedule", "scaled_linear")):
+                check(name, settings.get(name), (settings.get(name) or known) == known, str(known))
             for name, value in settings.items():
                 value = ["CrossAttn" in kind for kind in value] if name == "down_block_types" else value
                 if ours := DIFFUSERS_CONFIG[part].get(name):
@@ -1078,13 +1078,12 @@ def load(path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float
     state = pick_tensors(path, tensors, model, names_in(DIFFUSERS if path.is_dir() else COMPVIS, model))
     if vae:
         vae = Path(os.path.expanduser(vae))
-        tensors, sizes, _ = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE")
+        tensors, own, _ = read_folder({"vae": vae}) if vae.is_dir() else read_file(vae, "a VAE")
         dialect = DIFFUSERS if any("mid_block" in name for name in tensors) else COMPVIS
         prefix = PREFIXES["vae"].split()[dialect]
         tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         state |= pick_tensors(vae, tensors, model, names_in(dialect, model, ["vae"]))
-        latent_scale = sizes.get("latent_scale", model.config.latent_scale)
-        model.config = replace(model.config, latent_scale=latent_scale)
+        model.config = replace(model.config, latent_scale=own.get("latent_scale", model.config.latent_scale))
     tensors, home = {}, torch.device("cpu") if offload else device  # the originals can go
     for name, tensor in state.items():
         if tensor.dtype != dtype or home.type != "cpu":  # convolutions are faster in channels_last

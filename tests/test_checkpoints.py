@@ -517,7 +517,7 @@ def scheduler_config(folder: Path, **changes) -> None:
 def test_v_prediction_is_recognized(tiny, folder, tmp_path):
     """By a folder's scheduler, or by the key that other tools use; and it is saved for both."""
     assert load(folder).config.prediction == load(tiny).config.prediction == "epsilon"
-    scheduler_config(folder, prediction_type="v_prediction")
+    scheduler_config(folder, prediction_type="v_prediction", rescale_betas_zero_snr=None, beta_schedule=None)
     keyed, saved = tmp_path / "keyed.safetensors", tmp_path / "saved.safetensors"
     save_file(load_file(tiny) | {"v_pred": torch.empty(0)}, keyed, METADATA)
     for path in (folder, keyed):
