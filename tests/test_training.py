@@ -17,6 +17,7 @@ import subprocess
 import sys
 import termios
 import warnings
+from collections import Counter
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from conftest import ROOT, relative_error
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
+from emoji_quality import held_out_pairs
 from PIL import Image, ImageFont
 from torch import nn
 
@@ -1265,9 +1267,10 @@ def test_vae_needs_images_only(tmp_path):
 
 @pytest.fixture(scope="module")
 def font() -> ImageFont.FreeTypeFont:
-    missing = [file for file in (emoji.NAMES, emoji.FONT) if not emoji.installed(file).is_file()]
-    if missing:
-        pytest.skip(f"{', '.join(missing)} of unicode-data and fonts-noto-color-emoji are not installed")
+    files = (emoji.NAMES, emoji.FONT, emoji.KEYWORDS)
+    if missing := [file for file in files if not emoji.installed(file).is_file()]:
+        packages = "unicode-data, fonts-noto-color-emoji and unicode-cldr-core"
+        pytest.skip(f"{', '.join(missing)} of {packages} are not installed")
     return ImageFont.truetype(emoji.installed(emoji.FONT), emoji.GLYPH)
 
 
@@ -1288,13 +1291,39 @@ def test_emoji_names(font):
 
 
 def test_emoji_captions():
-    on_blue = ["a red apple on a blue background", "red apple on a blue background"]
-    on_white = [text.replace("blue", "white") for text in on_blue]
-    assert emoji.captions("red apple", "blue") == on_blue
-    assert emoji.captions("red apple", "white") == ["a red apple", "red apple", *on_white]
-    names = ("artist palette", "OK hand", "unicorn", "hourglass done")
-    first = [emoji.captions(name, "orange")[0].removesuffix(" on an orange background") for name in names]
-    assert first == ["an artist palette", "an OK hand", "a unicorn", "an hourglass done"]
+    assert emoji.captions(["apple", "red"], "blue") == [
+        "apple on a blue background",
+        "red on a blue background",
+    ]
+    assert emoji.captions(["apple"], "white") == 3 * ["apple"] + ["apple on a white background"]
+    names = ("artist palette", "OK hand", "unicorn", "hourglass done", "orange")
+    assert [emoji.article(name) for name in names] == ["an", "an", "a", "an", "an"]
+
+
+def test_emoji_texts(font):
+    """Names and rare keywords stand there twice, others once, all with and without article."""
+    texts, keywords = emoji.emoji_texts(), emoji.emoji_keywords()
+    assert keywords["🍎"] == ["apple", "fruit", "red"] and {"dog", "pet", "puppy"} <= {*keywords["🐶"]}
+    apple = Counter(texts["🍎"])
+    assert apple["red apple"] == apple["a red apple"] == 2 and apple["apple"] == apple["an apple"] == 2
+    assert apple["fruit"] == apple["a fruit"] == 1 and apple["red"] == 1
+    assert "puppy" in texts["🐶"] and texts["👩‍👦"].count("family: woman, boy") == 2
+    assert texts.keys() == emoji.emoji_names().keys()
+
+
+def test_a_tenth_of_the_pairs_of_keywords_is_held_out(font):
+    keywords, halves, texts = emoji.emoji_keywords(), emoji.keyword_pairs(), emoji.emoji_texts()
+    assert halves == emoji.keyword_pairs() and halves.keys() == {"train", "heldout"}
+    training, heldout = ({frozenset(pair) for pair in halves[half]} for half in ("train", "heldout"))
+    assert len(heldout) == (len(training) + len(heldout)) // 10 > 300 and not training & heldout
+    captions = {text for one in texts.values() for text in one}
+    asked = {prompt for prompt, *_ in held_out_pairs()}  # without those that are names: red apple
+    assert len(asked) > 300 and not asked & captions
+    assert asked <= {f"{one} {other}" for one, other in halves["heldout"]}
+    for one, words in keywords.items():
+        found = [pair for pair in halves["train"] if set(pair) <= set(words)]
+        assert all(" ".join(pair) in texts[one] for pair in found)
+        assert len(words) < 2 or found or any(frozenset(pair) <= set(words) for pair in halves["heldout"])
 
 
 def test_a_tenth_of_the_emoji_pairs_is_held_out(font):
@@ -1337,14 +1366,16 @@ def test_emoji_folders_are_data_sets(font, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(emoji, "NAMES", str(tmp_path / "names.txt"))
     emoji.main(tmp_path)
-    names, halves = emoji.emoji_names(), emoji.split(list(emoji.emoji_names()))
-    assert list(names.values()) == ["red apple", "zebra", "artist palette"]
+    called, halves = emoji.emoji_texts(), emoji.split(list(emoji.emoji_names()))
+    assert list(emoji.emoji_names().values()) == ["red apple", "zebra", "artist palette"]
     for half, size in {"train": 33, "heldout": 3}.items():
         captions = train.read_captions(tmp_path / half)
         assert len(captions) == size == len(list((tmp_path / half).glob("*.png")))
-        expected = [(emoji.captions(names[one], color), one, color) for one, color in halves[half]]
-        for (path, texts), (called, one, color) in zip(captions.items(), expected, strict=True):
-            assert texts == called and (pixels(path) == pixels(emoji.draw(one, color, font))).all()
+        for (path, texts), (one, color) in zip(captions.items(), halves[half], strict=True):
+            assert (
+                texts == emoji.captions(called[one], color)
+                and (pixels(path) == pixels(emoji.draw(one, color, font))).all()
+            )
 
 
 def test_config_of_the_default_model():

@@ -3,20 +3,24 @@
     python weights/emoji.py FOLDER
 
 FOLDER/train and FOLDER/heldout, which has a tenth of the pairs of emoji and color, hold PNGs and a
-metadata.jsonl. The font and the list of names come from Debian's packages fonts-noto-color-emoji and
-unicode-data; `make emoji` fetches them where they are missing.
+metadata.jsonl. The font, the names and the keywords come from Debian's packages fonts-noto-color-emoji,
+unicode-data and unicode-cldr-core; `make emoji` fetches them where they are missing.
 """
 
 import json
 import random
 import re
 import sys
+from collections import Counter
+from itertools import combinations
 from pathlib import Path
+from xml.etree import ElementTree
 
 from PIL import Image, ImageDraw, ImageFont
 
 FONT = "usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 NAMES = "usr/share/unicode/emoji/emoji-test.txt"
+KEYWORDS = "usr/share/unicode/cldr/common/annotations/en.xml"
 SIZE, GLYPH = 128, 109  # pixels; the font has its glyphs in one size only
 COLORS = {
     "white": (255, 255, 255), "black": (24, 24, 24), "gray": (140, 140, 140), "brown": (120, 80, 50),
@@ -25,6 +29,21 @@ COLORS = {
 }  # fmt: skip
 LEFT_OUT = r"skin tone|flag|keycap|o.clock|-thirty"
 BETTER_NAMES = {"pizza": "slice of pizza"}
+MORE_KEYWORDS = {  # words of daily life that Unicode's keywords lack
+    "dog face": "puppy", "cat face": "kitten", "steaming bowl": "soup noodles", "pot of food": "soup dinner",
+    "fork and knife with plate": "meal dinner", "snowflake": "winter", "snowman": "winter",
+    "sun": "summer day", "beach with umbrella": "summer", "cherry blossom": "spring", "fallen leaf": "fall",
+    "tornado": "storm", "cloud with lightning and rain": "storm", "evergreen tree": "forest",
+    "national park": "forest river lake", "motorway": "street", "sauropod": "dinosaur", "T-Rex": "dinosaur",
+    "rhinoceros": "rhino", "herb": "grass", "person running": "run", "person surfing": "surf",
+    "thinking face": "think", "microphone": "sing", "briefcase": "work job office", "flexed biceps": "strong",
+    "waving hand": "hi bye", "camera": "photo", "thumbs down": "bad", "artist palette": "paint",
+    "luggage": "suitcase", "purse": "wallet", "socks": "sock", "bottle with popping cork": "champagne",
+    "tumbler glass": "whiskey", "shopping bags": "shop", "old woman": "grandmother", "old man": "grandfather",
+    "woman feeding baby": "mom", "man feeding baby": "dad", "hatching chick": "easter", "lion": "animal zoo",
+    "elephant": "animal zoo", "input numbers": "number", "people hugging": "friends", "soccer ball": "sport",
+    "tractor": "farm", "t-shirt": "clothes",
+}  # fmt: skip
 
 
 def installed(file: str) -> Path:
@@ -46,13 +65,46 @@ def article(name: str) -> str:
     return "an" if re.match(r"(?!uni|one\b|ewe|euro)[aeiou]|hour|x-ray", name, re.IGNORECASE) else "a"
 
 
-def captions(name: str, color: str) -> list[str]:
-    """The captions of an image, with and without articles; a white background may go without mention."""
-    backgrounds = [""] if color == "white" else []
+def emoji_keywords() -> dict[str, list[str]]:
+    """Each emoji of the data set and its keywords, such as "pet" of the dog face; a few have none."""
+    entries = ElementTree.parse(installed(KEYWORDS)).iter("annotation")
+    found = {entry.get("cp"): str(entry.text).split(" | ") for entry in entries if not entry.get("type")}
+    keywords = {}
+    for emoji, name in emoji_names().items():
+        words = found.get(emoji.replace("\ufe0f", ""), []) + MORE_KEYWORDS.get(name, "").split()
+        keywords[emoji] = [word for word in words if word != name]
+    return keywords
+
+
+def keyword_pairs() -> dict[str, list[tuple[str, str]]]:
+    """Up to four pairs of keywords of each emoji, a tenth of them held out; the same at every call."""
+    rng, found = random.Random(0), set()
+    for words in emoji_keywords().values():
+        pairs = list(combinations(sorted(words), 2))
+        found.update(rng.sample(pairs, min(4, len(pairs))))
+    pairs = [(one, other) if rng.random() < 0.5 else (other, one) for one, other in sorted(found)]
+    rng.shuffle(pairs)
+    return {"heldout": pairs[: len(pairs) // 10], "train": pairs[len(pairs) // 10 :]}
+
+
+def emoji_texts() -> dict[str, list[str]]:
+    """Each emoji with its name, keywords and pairs of keywords, with and without article. Training draws one
+    of them: the name and keywords of at most three emoji stand there twice, to be drawn more often."""
+    names, keywords, texts = emoji_names(), emoji_keywords(), {}
+    pairs = keyword_pairs()["train"]
+    count = Counter(word for words in keywords.values() for word in words)
+    for emoji, words in keywords.items():
+        found = 2 * [names[emoji]] + words + [word for word in words if count[word] <= 3]
+        found += [" ".join(pair) for pair in pairs if set(words).issuperset(pair)]
+        texts[emoji] = found + [f"{article(text)} {text}" for text in found]
+    return texts
+
+
+def captions(texts: list[str], color: str) -> list[str]:
+    """The captions of an image; a white background goes without mention three times of four."""
+    backgrounds = [""] * 3 if color == "white" else []
     backgrounds.append(f" on {article(color)} {color} background")
-    return [
-        f"{start}{background}" for background in backgrounds for start in (f"{article(name)} {name}", name)
-    ]
+    return [text + background for text in texts for background in backgrounds]
 
 
 def draw(emoji: str, color: str, font: ImageFont.FreeTypeFont) -> Image.Image:
@@ -75,17 +127,17 @@ def split(emoji: list[str]) -> dict[str, list[tuple[str, str]]]:
 
 def main(folder: Path) -> None:
     """Writes both halves of the data set."""
-    names, font = emoji_names(), ImageFont.truetype(installed(FONT), GLYPH)
-    for half, pairs in split(list(names)).items():
+    texts, font = emoji_texts(), ImageFont.truetype(installed(FONT), GLYPH)
+    for half, pairs in split(list(texts)).items():
         (folder / half).mkdir(parents=True, exist_ok=True)
         entries = []
         for emoji, color in pairs:
             file = "-".join(f"{ord(character):x}" for character in emoji) + f"-{color}.png"
             draw(emoji, color, font).save(folder / half / file, compress_level=1)
-            entries += [{"file_name": file, "text": text} for text in captions(names[emoji], color)]
+            entries += [{"file_name": file, "text": text} for text in captions(texts[emoji], color)]
         lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
         (folder / half / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{folder / half}: {len(pairs)} images of {len(names)} emoji")
+        print(f"{folder / half}: {len(pairs)} images of {len(texts)} emoji, {len(entries)} captions")
 
 
 if __name__ == "__main__":
