@@ -64,7 +64,7 @@ weights/emoji/ready: weights/emoji.py | .venv/run
 	$(PYTHON) weights/emoji.py weights/emoji
 	touch $@
 
-# Two models of 64x64 pixels that differ in the text encoder only; tests/README.md has the result.
+# Two models of 64x64 pixels that differ in the text encoder only.
 EXPERIMENT = --init $(DATA)/start.safetensors --resolution 64 --steps 5000 --lr 1e-3 --warmup 500 --min-snr 5
 
 bert-experiment: DATA = $(MADE)/experiment

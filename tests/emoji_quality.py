@@ -173,9 +173,8 @@ def main() -> None:
     shown = sorted({*words, *(word for word, *_ in rare if word.isalpha())})
     random.Random(0).shuffle(shown)
     shown = shown[:64] + 8 * ["fruit"]
-    sheet([labeled(image, word) for image, word in zip(draw(model, shown, **settings), shown)]).save(
-        args.sheet
-    )
+    images = [labeled(image, word) for image, word in zip(draw(model, shown, **settings), shown)]
+    sheet(images).save(args.sheet)
 
 
 if __name__ == "__main__":

@@ -129,16 +129,10 @@ def main() -> None:
     rows = figure.subfigures(8, 1)
     curves, images = rows[0].subfigures(1, 2, width_ratios=(1, 3))
     draw_schedule(curves, "1  The noise schedule", schedule.numpy())
-    draw_row(
-        images, "    Forward noise: x_t = the signal's factor * x_0 + the noise's factor * noise", forward
-    )
+    draw_row(images, "    Forward noise: x_t = signal factor * x_0 + noise factor * noise", forward)
     draw_row(rows[1], f'2  Eight of 50 steps for "{PROMPT}": the predicted x_0 ...', predicted)
     draw_row(rows[2], "    ... and the latents, three of their channels as red, green and blue", reverse)
-    draw_row(
-        rows[3],
-        "3  Where cross-attention looks for each word, and the share of it that the word gets",
-        attention,
-    )
+    draw_row(rows[3], "3  Where cross-attention looks for each word, and the word's share of it", attention)
     draw_row(rows[4], "4  Classifier-free guidance", guidance)
     draw_row(rows[5], '5  Image-to-image, "a green apple on a blue background"', strength)
     draw_row(rows[6], "6  From one image's latents to another's, decoded", walk)
