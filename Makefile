@@ -33,43 +33,46 @@ bench: .venv/test
 figures: .venv/test
 	$(PYTHON) tests/figures.py $(ARGS)
 
-# The default model from nothing: the images, the autoencoder at two sizes, the UNet, and all of it in fp16. Run
-# again after an interruption, it continues. PROCESSES=2 suits two CPU cores, 1 a GPU.
+# The default model from nothing: the images, the autoencoder at two sizes, the UNet with names, then with all
+# captions, and all of it in fp16. Run again after an interruption, it continues. PROCESSES=2 suits two CPU cores,
+# 1 a GPU.
 PROCESSES = 1
+EMOJI = weights/emoji
 MADE = weights/training
-DEFAULT = weights/emoji.safetensors
+EXPERIMENT = $(MADE)/experiment
 ifneq ($(PROCESSES),1)
 LAUNCHER = -m torch.distributed.run --nproc-per-node $(PROCESSES)
 export OMP_NUM_THREADS = 1
 endif
-DATA = weights/emoji/train
-TRAIN = $(PYTHON) $(LAUNCHER) weights/train.py $(DATA) --dtype bf16 --out $(MADE)/$(1).safetensors \
-    --batch-size $$(($(2) / $(PROCESSES))) $(if $(wildcard $(MADE)/$(1).state),--resume)
+# $(call TRAIN,DATA,NAME,BATCH)
+TRAIN = $(PYTHON) $(LAUNCHER) weights/train.py $(1) --dtype bf16 --out $(MADE)/$(2).safetensors \
+    --batch-size $$(($(3) / $(PROCESSES))) $(if $(wildcard $(MADE)/$(2).state),--resume)
+UNET = --lr 1e-3 --warmup 500 --min-snr 5
 
 PACKAGES = fonts-noto-color-emoji unicode-data unicode-cldr-core
 FILES = $(addprefix /usr/share/,fonts/truetype/noto/NotoColorEmoji.ttf unicode/emoji/emoji-test.txt \
     unicode/cldr/common/annotations/en.xml)
 
-emoji: weights/emoji/ready
+emoji: $(EMOJI)/ready
 	mkdir -p $(MADE)
-	$(call TRAIN,vae64,32) --part vae --config weights/emoji.json --resolution 64 --steps 4500 --lr 2e-3 --warmup 200
-	$(call TRAIN,vae128,8) --part vae --init $(MADE)/vae64.safetensors --steps 5000 --lr 1e-3
-	$(call TRAIN,unet,64) --init $(MADE)/vae128.safetensors --train-text-encoder --steps 12000 --lr 1e-3 \
-	    --warmup 500 --min-snr 5
-	$(PYTHON) -c "import sd, torch; sd.save(sd.load('$(MADE)/unet.safetensors', dtype=torch.float16), '$(DEFAULT)')"
+	$(call TRAIN,$(EMOJI)/train,vae64,32) --part vae --config weights/emoji.json --resolution 64 --steps 4500 \
+	    --lr 2e-3 --warmup 200
+	$(call TRAIN,$(EMOJI)/train,vae128,8) --part vae --init $(MADE)/vae64.safetensors --steps 5000 --lr 1e-3
+	$(call TRAIN,$(EMOJI)/names,names,64) --init $(MADE)/vae128.safetensors --train-text-encoder --steps 12000 $(UNET)
+	$(call TRAIN,$(EMOJI)/train,words,64) --init $(MADE)/names.safetensors --train-text-encoder --steps 13000 $(UNET)
+	$(PYTHON) -c "import sd, torch; sd.save(sd.load('$(MADE)/words.safetensors', dtype=torch.float16), '$(EMOJI).safetensors')"
 
-weights/emoji/ready: weights/emoji.py | .venv/run
+$(EMOJI)/ready: weights/emoji.py | .venv/run
 	ls $(FILES) > /dev/null 2>&1 || (mkdir -p weights/debian && cd weights/debian && \
 	    apt-get download $(PACKAGES) && for package in *.deb; do dpkg -x $$package .; done)
-	$(PYTHON) weights/emoji.py weights/emoji
+	$(PYTHON) weights/emoji.py $(EMOJI)
 	touch $@
 
-# Two models of 64x64 pixels that differ in the text encoder only.
-EXPERIMENT = --init $(DATA)/start.safetensors --resolution 64 --steps 5000 --lr 1e-3 --warmup 500 --min-snr 5
-
-bert-experiment: DATA = $(MADE)/experiment
-bert-experiment: weights/emoji/ready .venv/test
-	test -f $(DATA)/start.safetensors || $(PYTHON) tests/bert_experiment.py prepare $(DATA)
-	$(call TRAIN,experiment/clip,64) $(EXPERIMENT) --train-text-encoder
-	$(call TRAIN,experiment/bert,64) $(EXPERIMENT) --text-encoder bert --bert $(DATA)/minilm
-	$(PYTHON) tests/bert_experiment.py compare $(DATA)
+# Two models that differ in the text encoder only.
+bert-experiment: $(EMOJI)/ready .venv/test
+	test -f $(EXPERIMENT)/start.safetensors || $(PYTHON) tests/bert_experiment.py prepare $(EXPERIMENT)
+	$(call TRAIN,$(EXPERIMENT),experiment/clip,64) --init $(EXPERIMENT)/start.safetensors --steps 4000 $(UNET) \
+	    --train-text-encoder
+	$(call TRAIN,$(EXPERIMENT),experiment/bert,64) --init $(EXPERIMENT)/start.safetensors --steps 4000 $(UNET) \
+	    --text-encoder bert --bert $(EXPERIMENT)/minilm
+	$(PYTHON) tests/bert_experiment.py compare $(EXPERIMENT)

@@ -35,8 +35,8 @@ def has_unseen_word(text: str) -> bool:
 
 
 def prepare(folder: Path) -> None:
-    """Writes metadata.jsonl, which names the default model's images, start.safetensors, which has its VAE,
-    and the folder minilm."""
+    """Writes metadata.jsonl, which names the default model's images, the folder minilm and start.safetensors,
+    the default model with random weights in the text encoder and in the layers that its context enters."""
     folder.mkdir(parents=True, exist_ok=True)
     images, lines = ROOT / "weights/emoji/train", []
     for line in (images / "metadata.jsonl").read_text(encoding="utf-8").splitlines():
@@ -52,7 +52,10 @@ def prepare(folder: Path) -> None:
     settings["max_position_embeddings"] = default.config.text_length  # as many tokens as the other model has
     path.write_text(json.dumps(settings), encoding="utf-8")
     model = train.new_model(replace(default.config, text_dim=settings["hidden_size"]), seed=0)
-    model.vae = default.vae
+    weights, start = default.state_dict(), model.state_dict()
+    for name in start:
+        if not name.startswith("text_encoder.") and start[name].shape == weights[name].shape:
+            start[name].copy_(weights[name])
     sd.save(model, folder / "start.safetensors")
 
 
@@ -66,7 +69,7 @@ def compare(folder: Path) -> None:
         model = sd.load(folder / f"{name}.safetensors")
         for kind, asked in kinds.items():
             prompts = [prompt for prompt, *_ in asked[:300]]
-            images = draw(model, prompts, width=64, height=64, sampler="dpm++", steps=20)
+            images = draw(model, prompts, sampler="dpm++", steps=20)
             report(f"{name}: {kind}", images, asked[:300])
 
 

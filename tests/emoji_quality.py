@@ -3,11 +3,12 @@
 It asks for full names, on backgrounds that were held out, and on white for keywords, words of daily life, and
 pairs of keywords that no caption had; image i of each kind has seed i. An image is right if the nearest of
 all emoji on its background, by pixels at 32x32, is called so. The sheet shows the first 64 of a seeded
-shuffle of words of daily life and of keywords of one word, and one word with eight seeds.
+shuffle of words of daily life and of keywords of one word in lower case, and one word with eight seeds.
 """
 
 import argparse
 import random
+import re
 import sys
 from functools import cache
 from pathlib import Path
@@ -170,7 +171,7 @@ def main() -> None:
     reached = np.mean([psnr(model, image) for image in originals])
     print(f"{'PSNR of the VAE (28.4 dB)':<48} {reached:6.2f} dB")
 
-    shown = sorted({*words, *(word for word, *_ in rare if word.isalpha())})
+    shown = sorted({*words, *(word for word, *_ in rare if re.fullmatch("[a-z]+", word))})
     random.Random(0).shuffle(shown)
     shown = shown[:64] + 8 * ["fruit"]
     images = [labeled(image, word) for image, word in zip(draw(model, shown, **settings), shown)]

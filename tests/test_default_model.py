@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, relative_error
-from emoji_quality import background, emoji, nearest
+from emoji_quality import background, called, emoji, nearest
 from PIL import Image
 from safetensors import safe_open
 
@@ -50,6 +50,15 @@ def test_emoji_are_those_named(images):
     """For most images, the nearest of all emoji on that background is the one named."""
     shown = [emoji.emoji_names()[nearest(image, color)] for (_, color), image in zip(NAMED, images)]
     assert sum(one == name for one, (name, _) in zip(shown, NAMED)) >= 7
+
+
+@needs_font
+def test_words_of_daily_life_are_drawn():
+    """For most words, the nearest of all emoji has the word in its name or among its keywords."""
+    prompts = ["dog", "house", "car", "happy", "rain", "kitten", "a fish", "a tree"]
+    images = sd.load(sd.DEFAULT_WEIGHTS).generate(prompts, seed=0, progress=False)
+    right = [nearest(image) in called(prompt.split()[-1]) for image, prompt in zip(images, prompts)]
+    assert sum(right) >= 7
 
 
 def test_attention_of_the_tour_is_that_of_the_modules():

@@ -1301,14 +1301,16 @@ def test_emoji_captions():
 
 
 def test_emoji_texts(font):
-    """Names and rare keywords stand there twice, others once, all with and without article."""
+    """Names stand there four times, rare keywords twice, others once, all with and without article."""
     texts, keywords = emoji.emoji_texts(), emoji.emoji_keywords()
     assert keywords["🍎"] == ["apple", "fruit", "red"] and {"dog", "pet", "puppy"} <= {*keywords["🐶"]}
     apple = Counter(texts["🍎"])
-    assert apple["red apple"] == apple["a red apple"] == 2 and apple["apple"] == apple["an apple"] == 2
+    assert apple["red apple"] == apple["a red apple"] == 4 and apple["apple"] == apple["an apple"] == 2
     assert apple["fruit"] == apple["a fruit"] == 1 and apple["red"] == 1
-    assert "puppy" in texts["🐶"] and texts["👩‍👦"].count("family: woman, boy") == 2
-    assert texts.keys() == emoji.emoji_names().keys()
+    assert "puppy" in texts["🐶"] and texts["👩‍👦"].count("family: woman, boy") == 4
+    names = emoji.emoji_names()
+    assert texts.keys() == names.keys()
+    assert "eye" in keywords["😄"] and [one for one in names if "eye" in texts[one]] == ["👁️"]
 
 
 def test_a_tenth_of_the_pairs_of_keywords_is_held_out(font):
@@ -1376,6 +1378,11 @@ def test_emoji_folders_are_data_sets(font, tmp_path, monkeypatch):
                 texts == emoji.captions(called[one], color)
                 and (pixels(path) == pixels(emoji.draw(one, color, font))).all()
             )
+    captions = train.read_captions(tmp_path / "names")
+    assert [path.resolve() for path in captions] == list(train.read_captions(tmp_path / "train"))
+    for texts, (one, color) in zip(captions.values(), halves["train"], strict=True):
+        name = emoji.emoji_names()[one]
+        assert texts == emoji.captions([name, f"{emoji.article(name)} {name}"], color)
 
 
 def test_config_of_the_default_model():

@@ -3,8 +3,9 @@
     python weights/emoji.py FOLDER
 
 FOLDER/train and FOLDER/heldout, which has a tenth of the pairs of emoji and color, hold PNGs and a
-metadata.jsonl. The font, the names and the keywords come from Debian's packages fonts-noto-color-emoji,
-unicode-data and unicode-cldr-core; `make emoji` fetches them where they are missing.
+metadata.jsonl. FOLDER/names has a metadata.jsonl of the same training images with their names only. The font,
+the names and the keywords come from Debian's packages fonts-noto-color-emoji, unicode-data and
+unicode-cldr-core; `make emoji` fetches them where they are missing.
 """
 
 import json
@@ -89,12 +90,14 @@ def keyword_pairs() -> dict[str, list[tuple[str, str]]]:
 
 def emoji_texts() -> dict[str, list[str]]:
     """Each emoji with its name, keywords and pairs of keywords, with and without article. Training draws one
-    of them: the name and keywords of at most three emoji stand there twice, to be drawn more often."""
+    of them: the name stands there four times and keywords of at most three emoji twice, to be drawn more
+    often. A name is no other emoji's keyword."""
     names, keywords, texts = emoji_names(), emoji_keywords(), {}
     pairs = keyword_pairs()["train"]
     count = Counter(word for words in keywords.values() for word in words)
     for emoji, words in keywords.items():
-        found = 2 * [names[emoji]] + words + [word for word in words if count[word] <= 3]
+        own = [word for word in words if word not in names.values()]
+        found = 4 * [names[emoji]] + own + [word for word in own if count[word] <= 3]
         found += [" ".join(pair) for pair in pairs if set(words).issuperset(pair)]
         texts[emoji] = found + [f"{article(text)} {text}" for text in found]
     return texts
@@ -125,19 +128,36 @@ def split(emoji: list[str]) -> dict[str, list[tuple[str, str]]]:
     return {"heldout": pairs[: len(pairs) // 10], "train": pairs[len(pairs) // 10 :]}
 
 
+def file_name(emoji: str, color: str) -> str:
+    """The name of an image's file."""
+    return "-".join(f"{ord(character):x}" for character in emoji) + f"-{color}.png"
+
+
+def write_captions(
+    folder: Path, images: str, pairs: list[tuple[str, str]], texts: dict[str, list[str]]
+) -> None:
+    """Writes folder/metadata.jsonl; `images` is the way from this folder to the images of the pairs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for emoji, color in pairs:
+        for text in captions(texts[emoji], color):
+            entry = {"file_name": images + file_name(emoji, color), "text": text}
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+    (folder / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
+    print(f"{folder}: {len(pairs)} images, {len(lines)} captions")
+
+
 def main(folder: Path) -> None:
-    """Writes both halves of the data set."""
-    texts, font = emoji_texts(), ImageFont.truetype(installed(FONT), GLYPH)
-    for half, pairs in split(list(texts)).items():
-        (folder / half).mkdir(parents=True, exist_ok=True)
-        entries = []
+    """Writes the images and their captions."""
+    names, font = emoji_names(), ImageFont.truetype(installed(FONT), GLYPH)
+    halves = split(list(names))
+    for half, pairs in halves.items():
+        write_captions(folder / half, "", pairs, emoji_texts())
         for emoji, color in pairs:
-            file = "-".join(f"{ord(character):x}" for character in emoji) + f"-{color}.png"
-            draw(emoji, color, font).save(folder / half / file, compress_level=1)
-            entries += [{"file_name": file, "text": text} for text in captions(texts[emoji], color)]
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
-        (folder / half / "metadata.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"{folder / half}: {len(pairs)} images of {len(texts)} emoji, {len(entries)} captions")
+            image = draw(emoji, color, font)
+            image.save(folder / half / file_name(emoji, color), compress_level=1)
+    only_names = {emoji: [name, f"{article(name)} {name}"] for emoji, name in names.items()}
+    write_captions(folder / "names", "../train/", halves["train"], only_names)
 
 
 if __name__ == "__main__":
