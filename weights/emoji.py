@@ -93,11 +93,11 @@ def emoji_texts() -> dict[str, list[str]]:
     of them: the name stands there four times and keywords of at most three emoji twice, to be drawn more
     often. A name is no other emoji's keyword."""
     names, keywords, texts = emoji_names(), emoji_keywords(), {}
-    pairs = keyword_pairs()["train"]
+    pairs, taken = keyword_pairs()["train"], set(names.values())
     count = Counter(word for words in keywords.values() for word in words)
     for emoji, words in keywords.items():
-        own = [word for word in words if word not in names.values()]
-        found = 4 * [names[emoji]] + own + [word for word in own if count[word] <= 3]
+        free = [word for word in words if word not in taken]
+        found = 4 * [names[emoji]] + free + [word for word in free if count[word] <= 3]
         found += [" ".join(pair) for pair in pairs if set(words).issuperset(pair)]
         texts[emoji] = found + [f"{article(text)} {text}" for text in found]
     return texts
@@ -136,7 +136,7 @@ def file_name(emoji: str, color: str) -> str:
 def write_captions(
     folder: Path, images: str, pairs: list[tuple[str, str]], texts: dict[str, list[str]]
 ) -> None:
-    """Writes folder/metadata.jsonl; `images` is the way from this folder to the images of the pairs."""
+    """Writes folder/metadata.jsonl; `images` is the path from there to the images, with a / at its end."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for emoji, color in pairs:
@@ -149,10 +149,10 @@ def write_captions(
 
 def main(folder: Path) -> None:
     """Writes the images and their captions."""
-    names, font = emoji_names(), ImageFont.truetype(installed(FONT), GLYPH)
+    names, texts, font = emoji_names(), emoji_texts(), ImageFont.truetype(installed(FONT), GLYPH)
     halves = split(list(names))
     for half, pairs in halves.items():
-        write_captions(folder / half, "", pairs, emoji_texts())
+        write_captions(folder / half, "./", pairs, texts)
         for emoji, color in pairs:
             image = draw(emoji, color, font)
             image.save(folder / half / file_name(emoji, color), compress_level=1)
