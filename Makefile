@@ -71,8 +71,8 @@ $(EMOJI)/ready: weights/emoji.py | .venv/run
 # Two models that differ in the text encoder only.
 bert-experiment: $(EMOJI)/ready .venv/test
 	test -f $(EXPERIMENT)/start.safetensors || $(PYTHON) tests/bert_experiment.py prepare $(EXPERIMENT)
-	$(call TRAIN,$(EXPERIMENT),experiment/clip,64) --init $(EXPERIMENT)/start.safetensors --steps 4000 $(UNET) \
+	$(call TRAIN,$(EXPERIMENT),experiment/clip,64) --init $(EXPERIMENT)/start.safetensors --steps 3000 $(UNET) \
 	    --train-text-encoder
-	$(call TRAIN,$(EXPERIMENT),experiment/bert,64) --init $(EXPERIMENT)/start.safetensors --steps 4000 $(UNET) \
+	$(call TRAIN,$(EXPERIMENT),experiment/bert,64) --init $(EXPERIMENT)/start.safetensors --steps 3000 $(UNET) \
 	    --text-encoder bert --bert $(EXPERIMENT)/minilm
 	$(PYTHON) tests/bert_experiment.py compare $(EXPERIMENT)
