@@ -68,9 +68,9 @@ def compare(folder: Path) -> None:
     for name in ("clip", "bert"):
         model = sd.load(folder / f"{name}.safetensors")
         for kind, asked in kinds.items():
-            prompts = [prompt for prompt, *_ in asked[:300]]
+            prompts = [prompt for prompt, *_ in asked[:150]]
             images = draw(model, prompts, sampler="dpm++", steps=20)
-            report(f"{name}: {kind}", images, asked[:300])
+            report(f"{name}: {kind}", images, asked[:150])
 
 
 if __name__ == "__main__":
