@@ -184,7 +184,20 @@ class Tokenizer:
 # ------------------------------------------------------------------------------------------ 3 building blocks
 # Modules that several of the three models share. Text is (B, T, D), images and latents are (B, C, H, W).
 
-HAS_AMX = getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16")  # matrix products
+CPU = getattr(torch.cpu, "get_capabilities", dict[str, Any])()
+HAS_AMX = CPU.get("amx_bf16")  # matrix products
+# In fp32, PyTorch calls MKL, which takes twice oneDNN's time on AMD's processors; no public API chooses.
+USE_ONEDNN = "AMD" in CPU.get("cpu_name", "") and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """nn.Linear, by oneDNN where USE_ONEDNN says so: a step then takes 0.8 to 0.85 of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)"""
+        if USE_ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+            return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
 
 
 class Attention(nn.Module):
@@ -193,10 +206,10 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, context_dim: int | None = None, bias: bool = True):
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim, bias)
-        self.k = nn.Linear(context_dim or dim, dim, bias)
-        self.v = nn.Linear(context_dim or dim, dim, bias)
-        self.out = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim, bias)
+        self.k = Linear(context_dim or dim, dim, bias)
+        self.v = Linear(context_dim or dim, dim, bias)
+        self.out = Linear(dim, dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """(B, T, D), (B, S, context_dim) -> (B, T, D); False in a mask, for (B, heads, T, S), hides"""
@@ -220,7 +233,7 @@ class ResidualBlock(nn.Module):
         self.norm1 = nn.GroupNorm(groups, channels, eps)
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
         if time_dim:
-            self.time = nn.Linear(time_dim, out_channels)
+            self.time = Linear(time_dim, out_channels)
         self.norm2 = nn.GroupNorm(groups, out_channels, eps)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.shortcut = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -257,8 +270,8 @@ class TextLayer(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps)
         self.attention = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps)
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
+        self.fc1 = Linear(dim, 4 * dim)
+        self.fc2 = Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)"""
@@ -390,15 +403,15 @@ class SpatialTransformer(nn.Module):
     def __init__(self, channels: int, config: Config):
         super().__init__()
         self.norm = nn.GroupNorm(config.norm_groups, channels, eps=1e-6)
-        self.proj_in = nn.Linear(channels, channels)
+        self.proj_in = Linear(channels, channels)
         self.norm_self = nn.LayerNorm(channels)
         self.self_attention = Attention(channels, config.unet_heads, bias=False)
         self.norm_cross = nn.LayerNorm(channels)
         self.cross_attention = Attention(channels, config.unet_heads, config.text_dim, bias=False)
         self.norm_mlp = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, 8 * channels)
-        self.fc2 = nn.Linear(4 * channels, channels)
-        self.proj_out = nn.Linear(channels, channels)
+        self.fc1 = Linear(channels, 8 * channels)
+        self.fc2 = Linear(4 * channels, channels)
+        self.proj_out = Linear(channels, channels)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """(B, C, h, w), (B, T, text_dim) -> (B, C, h, w)"""
@@ -431,7 +444,7 @@ class UNet(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.dim = dim = channels = config.unet_channels[0]
-        self.time_mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
+        self.time_mlp = nn.Sequential(Linear(dim, 4 * dim), nn.SiLU(), Linear(4 * dim, 4 * dim))
         self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
         levels, last = list(zip(config.unet_channels, config.unet_attention)), len(config.unet_channels) - 1
         skips = [channels]  # the channels of each output on the way down that the way up takes
@@ -731,7 +744,7 @@ class StableDiffusion(nn.Module):
         images = []
         with self.on_device(self.vae) as dtype, torch.no_grad():
             for latent in (latents.to(self.device) / self.config.latent_scale).split(1):  # saves memory
-                image = self.vae.decode(latent.to(dtype))
+                image = self.vae.decode(latent.to(dtype, memory_format=torch.channels_last))
                 if dtype == torch.float16 and not image.isfinite().all():
                     image = deepcopy(self.vae).float().decode(latent)
                 images.append(image.float())

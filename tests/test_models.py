@@ -187,6 +187,25 @@ def test_attention_in_bfloat16_is_about_as_exact_as_pytorchs(queries, keys, has_
     assert output.equal(fused[0]) or not has_amx
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("use_onednn", [False, True])
+def test_linear_is_pytorchs_whichever_library_multiplies(use_onednn, dtype, grad, bias, monkeypatch):
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has no oneDNN")
+    monkeypatch.setattr(sd, "USE_ONEDNN", use_onednn)
+    linear = sd.Linear(20, 12, bias).to(dtype)
+    x = torch.randn(3, 20, 7, dtype=dtype).transpose(1, 2)  # not contiguous, like the UNet's
+    expected = F.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    with torch.set_grad_enabled(grad), torch.profiler.profile() as profiler:
+        output = linear(x)
+    by_onednn = any("_linear_pointwise" in event.key for event in profiler.key_averages())
+    assert by_onednn == (use_onednn and dtype == torch.float32 and not grad)
+    assert relative_error(output.double(), expected) < (1e-6 if dtype == torch.float32 else 1e-2)
+    assert output.requires_grad == grad
+
+
 @torch.no_grad()
 def test_text_encoder_is_causal():
     encoder = random_model(FOUR_LEVELS).text_encoder
