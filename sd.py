@@ -195,7 +195,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)"""
-        if USE_ONEDNN and x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled():
+        fits = x.is_cpu and x.dtype == torch.float32 and not torch.is_grad_enabled()
+        if USE_ONEDNN and fits and not torch.compiler.is_compiling():  # the compiler cannot handle it
             return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 

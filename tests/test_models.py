@@ -206,6 +206,14 @@ def test_linear_is_pytorchs_whichever_library_multiplies(use_onednn, dtype, grad
     assert output.requires_grad == grad
 
 
+@pytest.mark.long
+@torch.no_grad()
+def test_linear_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(sd, "USE_ONEDNN", True)
+    linear, x = sd.Linear(20, 12), torch.randn(3, 7, 20)
+    assert relative_error(torch.compile(linear)(x), linear(x)) < 1e-6
+
+
 @torch.no_grad()
 def test_text_encoder_is_causal():
     encoder = random_model(FOUR_LEVELS).text_encoder
