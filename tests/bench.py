@@ -357,9 +357,10 @@ def cases(device: str, folder: str) -> list[tuple[str, str, Callable, dict]]:
     beside = emoji_folder | out | {"name": "emoji"}
     found.append(("default model to a PNG, beside a busy process, s", "", busy, beside))
     found.append(("training, images per s", ">= 1.2", training, emoji_folder))
-    for size, n in [(256, 1), (512, 1), (768, 1), (1024, 1), (256, 2), (256, 4), (256, 8)]:
-        sizes = {"dtype": low, "weights": fp16, "size": size, "n": n}
-        found.append((f"step and decode, {low}, {size}x{size}, n {n}, s", "", growth, sizes))
+    for dtype, weights, _ in models:
+        for size, n in [(256, 1), (512, 1), (768, 1), (1024, 1), (256, 2), (256, 4), (256, 8)]:
+            sizes = {"dtype": dtype, "weights": weights, "size": size, "n": n}
+            found.append((f"step and decode, {dtype}, {size}x{size}, n {n}, s", "", growth, sizes))
     return found
 
 
