@@ -1,9 +1,12 @@
 """What several tests share: random checkpoints, made once, and the command line as a user runs it."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before diffusers and transformers are imported
@@ -38,6 +41,17 @@ def small_folder(small) -> Path:
 @pytest.fixture(scope="session")
 def small_model(small) -> sd.StableDiffusion:
     return sd.load(small)
+
+
+@contextmanager
+def limit(kind: int, value: int) -> Iterator[None]:
+    """Inside, this process's limit of a resource is `value`."""
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (value, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(kind, before)
 
 
 @pytest.fixture(scope="session")

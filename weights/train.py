@@ -9,6 +9,7 @@ several processes, started by torchrun, each draws the whole batch and takes its
 import argparse
 import atexit
 import copy
+import glob
 import json
 import math
 import os
@@ -30,6 +31,9 @@ import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm.auto import tqdm
+
+if sys.platform != "win32":
+    import fcntl
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
@@ -88,11 +92,13 @@ class Settings:
             if type_of(each) is Path and (path := getattr(self, each.name)) is not None:
                 setattr(self, each.name, Path(os.path.expanduser(path)))
         rules = {
-            "over 0": (lambda x: x > 0, "steps batch_size accumulate save_every resolution clip min_snr"),
+            "over 0": (lambda x: x > 0, "clip min_snr"),
+            "from 1 to 2**53": (lambda x: 0 < x <= 2**53, "steps batch_size accumulate save_every"),
+            "from 1 to 2**14": (lambda x: 0 < x <= 2**14, "resolution"),
             "over 0 and finite": (lambda x: 0 < x < math.inf, "lr"),
-            "0 or more and finite": (lambda x: 0 <= x < math.inf, "sample_every warmup weight_decay"),
+            "0 or more and finite": (lambda x: 0 <= x < math.inf, "weight_decay"),
             "from 0 to below 1": (lambda x: 0 <= x < 1, "ema drop_text"),
-            "from 0 to 2**31 - 1": (lambda x: 0 <= x < 2**31, "seed"),
+            "from 0 to 2**31 - 1": (lambda x: 0 <= x < 2**31, "seed sample_every warmup"),
             "vae or unet": (lambda x: x in OBJECTIVES, "part"),
             "clip or bert": (lambda x: x in ("clip", "bert"), "text_encoder"),
             "fp32 or bf16": (lambda x: x in ("fp32", "bf16"), "dtype"),
@@ -103,10 +109,16 @@ class Settings:
                 sd.check(name.replace("_", "-"), value, value is None or holds(value), wanted)
         writable = self.out.suffix == ".safetensors" and os.access(f"{self.out.parent}/.", os.W_OK)
         sd.check("out", self.out, writable, "a .safetensors in a folder that can be written to")
-        free = self.resume or not self.out.exists()
-        sd.check("out", self.out, free, "a new file; to continue with this one, add --resume")
+        for taken in [] if self.resume else written_files(self.out):
+            raise ValueError(f"out: {taken} exists; use another name or, to continue, add --resume")
         sd.check("bert", "set", self.text_encoder == "bert" or not self.bert, "used with --text-encoder bert")
         sd.check("config", "given", not (self.init and self.config), "left out: --init has its own")
+
+
+def written_files(out: Path, prefix: str = "", suffix: str = "") -> list[Path]:
+    """What training to `out` has written or, between a prefix and a suffix, its temporary files."""
+    kinds, stem = (".safetensors", ".state", ".loss.csv", ".[0-9]*.png"), prefix + glob.escape(out.stem)
+    return [file for kind in kinds for file in out.parent.glob(stem + kind + suffix)]
 
 
 def type_of(option: Any) -> type:
@@ -156,7 +168,8 @@ def first_model(settings: Settings) -> sd.StableDiffusion:
     else:
         text = "{}" if settings.config is None else settings.config
         text = read_text(Path(os.path.expanduser(text))) if text.endswith(".json") else text
-        with sd.reading(f"config {settings.config}", "give fields of sd.Config in JSON, or a .json file"):
+        about = f"config {settings.config}"[:99]
+        with sd.reading(about, "give fields of sd.Config in JSON, or a .json file"):
             config = sd.Config(**json.loads(text))
         model = new_model(config, settings.seed)
         size, least = config.vocab_size, len(model.tokenizer.ids)
@@ -289,7 +302,8 @@ class Trainer:
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeErrors, which do not say why
             reason = f"{self.settings.out}: no space left, or a failing disk"
             reason, _, _ = (str(error) if isinstance(error, OSError) else reason).partition("; ")
-            raise OSError(f"{reason}; make room there, and add --resume") from error
+            again = "add --resume" if self.state_file.exists() else "start again"
+            raise OSError(f"{reason}; make room there, and {again}") from error
 
     def save(self, validate: bool = False) -> None:
         """Writes the training state first, so that a kill in between loses nothing; then the model with the
@@ -315,10 +329,8 @@ class Trainer:
         """Writes a sheet of samples, made with the averaged weights. Raises OSError."""
         with self.averaged():
             image = sheet(self.objective.samples())
-        with (
-            self.saving(),
-            sd.atomic_write(self.settings.out.with_suffix(f".{len(self.losses)}.png")) as file,
-        ):
+        path = self.settings.out.with_suffix(f".{len(self.losses)}.png")
+        with self.saving(), sd.atomic_write(path) as file:
             image.save(file, "png")
 
     def resume(self) -> None:
@@ -342,7 +354,7 @@ class Trainer:
 def prepare(settings: Settings) -> Trainer:
     """A Trainer with its data and model, resumed if wanted. Raises OSError or ValueError."""
     device, state = sd.pick_device(settings.device), settings.out.with_suffix(".state")
-    sd.check("resume", "given", state.exists() or not settings.resume, f"left out, as there is no {state}")
+    sd.check("resume", "given", state.is_file() or not settings.resume, f"left out, as there is no {state}")
     read, objective_class = OBJECTIVES[settings.part]
     data, held_out = read(settings.data), settings.validate and read(settings.validate)
     model = first_model(settings).to(device)
@@ -375,6 +387,26 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Refuses to train what another process trains, and removes what a killed one left half written."""
+    if sys.platform == "win32":  # there, files that are open cannot be replaced or removed
+        yield
+        return
+    path = out.with_name(f".{out.name}.lock")
+    with open(path, "ab") as file:  # which changes nothing, should it be a link to another file
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another process is training it; use another --out") from error
+        try:
+            for part in written_files(out, ".", ".*.part"):
+                part.unlink()
+            yield
+        finally:
+            path.unlink()
+
+
 def train(settings: Settings) -> int:
     """Trains; returns the exit status, 128 and more after a signal. Raises OSError or ValueError."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # torchrun started several processes
@@ -382,7 +414,13 @@ def train(settings: Settings) -> int:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group()
         atexit.register(distributed.destroy_process_group)
-    trainer = prepare(settings)
+    with locked(settings.out) if os.environ.get("RANK", "0") == "0" else nullcontext():
+        return run(prepare(settings))
+
+
+def run(trainer: Trainer) -> int:
+    """Runs the steps that are left; returns the exit status."""
+    settings = trainer.settings
     steps, done, first = settings.steps, len(trainer.losses), trainer.rank == 0
     per_step = settings.batch_size * settings.accumulate * trainer.processes
     hidden = None if first else True  # None shows it on a terminal only
