@@ -1,10 +1,11 @@
 PYTHON = .venv/bin/python
+COUNT = 20000
 PROMPT = a red apple
 # The prompt as it was typed, handed over in the environment: neither make nor the shell expands anything in it.
 override PROMPT := $(value PROMPT)
 export PROMPT
 
-.PHONY: setup run test test-long bench figures emoji bert-experiment
+.PHONY: setup run test test-long bench figures fuzz emoji bert-experiment
 setup: .venv/run .venv/test
 
 .venv/run: requirements.txt
@@ -29,6 +30,9 @@ test-long: .venv/test
 
 bench: .venv/test
 	$(PYTHON) tests/bench.py $(ARGS)
+
+fuzz: .venv/test
+	$(PYTHON) tests/fuzz.py --count $(COUNT)
 
 figures: .venv/test
 	$(PYTHON) tests/figures.py $(ARGS)

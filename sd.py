@@ -15,19 +15,22 @@ Ho et al. 2020, "Denoising Diffusion Probabilistic Models", arXiv:2006.11239
 import argparse
 import ctypes
 import json
+import logging
 import math
 import mmap
 import os
+import pickletools
 import re
 import sys
 import unicodedata
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import accumulate, count, pairwise
+from itertools import accumulate, pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from typing import Any, BinaryIO, NamedTuple
@@ -51,6 +54,12 @@ DEFAULT_WEIGHTS = HERE / "weights" / "emoji.safetensors"
 
 # -------------------------------------------------------------------------------------------- 1 configuration
 # Every size in this file comes from here, so a smaller model is the same code with another Config.
+
+
+def check(name: str, value: object, right: object, wanted: str) -> None:
+    """Raises ValueError, as in "steps is 0 and must be from 1 to 1000", unless `right`."""
+    if not right:
+        raise ValueError(f"{name} is {' '.join(str(value)[:99].split())} and must be {wanted}")
 
 
 @dataclass(frozen=True)
@@ -81,21 +90,25 @@ class Config:
     def __post_init__(self) -> None:
         for field in fields(self):
             name, default, value = field.name, getattr(Config, field.name), getattr(self, field.name)
-            value = tuple(value) if isinstance(default, tuple) else value  # JSON has lists for tuples
+            value = tuple(value) if isinstance(value, list) else value  # JSON has lists for tuples
             object.__setattr__(self, name, value)
             if name not in ("vocabulary", "prediction"):
-                numbers = value if isinstance(default, tuple) else (value,)
-                kind = type(default[0] if isinstance(default, tuple) else default)
+                numbers, one = (value, default[0]) if isinstance(default, tuple) else ((value,), default)
+                kinds = (int, float) if isinstance(one, float) else (type(one),)
                 most = 32 if name.endswith(("_layers", "_blocks")) else 2**20
-                fits = all(type(n) in (kind, int) and (kind is bool or 0 < n <= most) for n in numbers)
-                check(name, str(value)[:99], fits and 0 < len(numbers) < 9, f"{kind.__name__} in (0, {most}]")
-        heads, groups, levels = self.unet_heads, self.norm_groups, len(self.unet_channels)
-        check("vocab_size", self.vocab_size, self.vocabulary or self.vocab_size >= 514, "514 or more")
+                right = isinstance(numbers, tuple) and 0 < len(numbers) < 9
+                right = right and all(type(n) in kinds and (n is False or 0 < n <= most) for n in numbers)
+                check(name, value, right, f"{kinds[-1].__name__} in (0, {most}]")
+        heads, groups, words = self.unet_heads, self.norm_groups, self.vocabulary
+        check("vocabulary", words, isinstance(words, tuple) and {*map(type, words)} <= {str}, "of strings")
+        check("vocab_size", self.vocab_size, words or self.vocab_size >= 514, "514 or more")
         check("text_length", self.text_length, self.text_length >= 2, "2 or more")
         check("text_heads", self.text_heads, self.text_dim % self.text_heads == 0, "a divisor of text_dim")
         check("unet_channels", self.unet_channels, self.unet_channels[0] % 2 == 0, "even at the first level")
+        levels = len(self.unet_channels)
         check("unet_attention", self.unet_attention, len(self.unet_attention) == levels, f"{levels} values")
-        check("beta_end", self.beta_end, 1e-9 <= self.beta_start <= self.beta_end < 1, "from beta_start to 1")
+        start, end, limit = self.beta_start, self.beta_end, min(0.5, 20 / self.timesteps)
+        check("beta_end", end, 1e-9 <= start <= end <= limit, f"from beta_start to {limit}")
         right = self.prediction in ("epsilon", "v_prediction")
         check("prediction", self.prediction, right, "epsilon or v_prediction")
         channels = self.unet_channels + self.vae_channels
@@ -106,12 +119,6 @@ class Config:
     def downscale(self) -> int:
         """The height of an image divided by the height of its latents."""
         return 2 ** (len(self.vae_channels) - 1)
-
-
-def check(name: str, value: object, right: object, wanted: str) -> None:
-    """Raises ValueError, as in "steps is 0 and must be from 1 to 1000", unless `right`."""
-    if not right:
-        raise ValueError(f"{name} is {value} and must be {wanted}")
 
 
 # ------------------------------------------------------------------------------------------------ 2 tokenizer
@@ -157,7 +164,7 @@ class Tokenizer:
             if part in (START, END):
                 yield part, [self.ids[part]]
                 continue
-            part = "".join(map(str.lower, unicodedata.normalize("NFC", part)))  # one by one: no final sigma
+            part = "".join(map(str.lower, unicodedata.normalize("NFC", part)))  # by letter: no final sigma
             for match in WORD.finditer(part):
                 # <|ENDOFTEXT|>, in lower case by now, is not special but three words.
                 for word in ("<|", match[1][2:-2], "|>") if match[1] else (match[0],):
@@ -555,7 +562,7 @@ class DPMPlusPlus(DDIM):
     def spacing(self, steps: int, timesteps: int) -> list[int]:
         """Evenly spaced from the last timestep: 999, 949, ..., 50 for 20 steps of 1000"""
         spaced = np.linspace(0, timesteps - 1, steps + 1).round().astype(int)[:0:-1]
-        return list(dict.fromkeys(spaced.tolist()))  # 1000 steps are rounded to 999 timesteps
+        return list(dict.fromkeys(spaced.tolist()))  # 1000 steps give 999 distinct timesteps
 
     def step(self, i: int, latents: Tensor, noise_pred: Tensor, noise: Tensor) -> Tensor:
         a_t, a_prev = self.alphas_cumprod[i : i + 2]
@@ -574,7 +581,7 @@ class DPMPlusPlus(DDIM):
 
 
 SAMPLERS: dict[str, type[DDIM]] = {"ddpm": DDPM, "ddim": DDIM, "dpm++": DPMPlusPlus}
-SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # in PNGs (A1111 has no DDPM): ours
+SAMPLER_NAMES = {"ddpm": "ddpm", "DDIM": "ddim", "DPM++ 2M": "dpm++"}  # A1111's and ours; it has no DDPM
 
 
 # ------------------------------------------------------------------------------------------------- 8 pipeline
@@ -590,27 +597,30 @@ def one_line(error: object) -> str:
 def reading(path: Any, advice: str = "use another one, or download it again") -> Iterator[None]:
     """Turns whatever fails in a foreign file into a ValueError of one line about the file."""
     try:
+        check("it", "a pipe", not Path(os.path.expanduser(str(path))).is_fifo(), "a file")
         yield
     except Exception as error:  # damaged files fail in many ways; PyTorch explains some in four paragraphs
-        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
+        if isinstance(error, MemoryError) or re.search(r"allocate (memory|\d)|bad_alloc", str(error)):
             raise
         paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
         missing = " is missing" if isinstance(error, KeyError) else ""
-        reason = re.sub(paragraphs, "", one_line(error))[:300] + missing
+        reason = re.sub(paragraphs, "", one_line(error)[:2000])[:300] + missing
         raise ValueError(f"{path}: {reason}; {advice}") from error
 
 
-def open_image(source: Any, background: str = "white") -> Image.Image:
+def open_image(file: Any, background: str = "white") -> Image.Image:
     """A file or an image -> the image in RGB, upright, with `background` where it is transparent."""
-    with reading(source):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = source if isinstance(source, Image.Image) else Image.open(os.path.expanduser(source))
-        if getattr(image, "is_animated", False) and image.format != "MPO":  # MPO is a JPEG with a preview
-            raise ValueError("it is an animation")
+    with reading(file):
+        kinds = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would run a program
+        image = file if isinstance(file, Image.Image) else Image.open(os.path.expanduser(file), "r", kinds)
+        check("it", f"of {image.size} pixels", image.width * image.height <= 5e7, "at most 50 million")
+        check(
+            "it", "animated", image.format == "MPO" or not getattr(image, "is_animated", False), "one image"
+        )
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip at 255
-            image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+            pixels = np.asarray(image).astype(np.int32).clip(0, 65535)
+            image = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
         if image.has_transparency_data:
             image = Image.alpha_composite(Image.new("RGBA", image.size, background), image.convert("RGBA"))
         return image.convert("RGB")
@@ -629,9 +639,9 @@ def to_images(images: Tensor) -> list[Image.Image]:
 
 @dataclass
 class Settings:
-    """The arguments of `denoise` and, but for `progress`, of `generate`."""
+    """The arguments of `denoise`, and of `generate`, which also takes `progress`."""
 
-    prompt: str | list[str]
+    prompt: Any  # a string or a list of strings
     negative: str = ""
     steps: int = 50  # 1 to 1000
     guidance: float = 7.5  # how closely to follow the prompt and to avoid `negative`; 1 is no guidance
@@ -646,16 +656,27 @@ class Settings:
 
     def resolve(self, config: Config) -> "Settings":
         """Checks and completes the settings for a model of `config`; opens and resizes image and mask."""
+        kinds: dict[str, tuple[Any, str]] = {
+            "a string": (str, "negative sampler"), "a number": (Real, "guidance strength"),
+            "a file or a PIL image": ((str, os.PathLike, Image.Image), "image mask"),
+            "an integer": (Integral, "steps n seed width height")}  # fmt: skip
+        for wanted, (kind, names) in kinds.items():
+            for name in names.split():
+                value = getattr(self, name)
+                right = isinstance(value, kind) or value is getattr(Settings, name)  # None, in five of them
+                check(name, repr(value), right, wanted)
         unit, limit = config.downscale, 2**14
-        self.prompt = [self.prompt] if isinstance(self.prompt, str) else list(self.prompt)
+        texts = self.prompt = [self.prompt] if isinstance(self.prompt, str) else self.prompt
+        right = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+        check("prompt", repr(texts), right and texts, "a string or a list of strings")
+        check("prompt", "too long", max(map(len, [*texts, self.negative])) <= 4000, "at most 4000 characters")
         self.seed = int(np.random.default_rng().integers(2**32) if self.seed is None else self.seed)
         self.image = self.image and open_image(self.image)
         self.mask = self.mask and open_image(self.mask, background="black")
-        width, height = self.image.size if self.image else (config.image_size, config.image_size)
-        width = self.width = width // unit * unit if self.width is None else self.width
-        height = self.height = height // unit * unit if self.height is None else self.height
-        last_seed = 2**64 - self.n * len(self.prompt)
-        check("prompt", "an empty list", self.prompt, "a string or a list of strings")
+        size = self.image.size if self.image else (config.image_size, config.image_size)
+        width = self.width = size[0] // unit * unit if self.width is None else self.width
+        height = self.height = size[1] // unit * unit if self.height is None else self.height
+        last_seed = 2**64 - int(self.n) * len(self.prompt)
         check("steps", self.steps, 1 <= self.steps <= config.timesteps, f"from 1 to {config.timesteps}")
         check("guidance", self.guidance, math.isfinite(self.guidance), "a finite number, 1 for none")
         check("sampler", self.sampler, self.sampler in SAMPLERS, f"one of {', '.join(SAMPLERS)}")
@@ -666,7 +687,6 @@ class Settings:
         check("strength", self.strength, 0 < self.strength <= 1, "over 0 and at most 1")
         check("mask", "given", self.image or not self.mask, "used with an image only")
         if self.mask:
-            size = self.image.size
             check("mask", f"{self.mask.size} pixels", self.mask.size == size, f"of its image's size, {size}")
             self.mask = ImageOps.fit(self.mask.convert("L"), (width, height), Image.Resampling.LANCZOS)
         self.image = self.image and ImageOps.fit(self.image, (width, height), Image.Resampling.LANCZOS)
@@ -677,14 +697,13 @@ class Settings:
         """The resolved settings of image i, as AUTOMATIC1111's web UI writes and reads them."""
         [sampler] = [theirs for theirs, ours in SAMPLER_NAMES.items() if ours == self.sampler]
         model = json.dumps(model) if re.search(r'[,:"\n]', model) else model
-        text = f"Steps: {self.steps}, Sampler: {sampler}, CFG scale: {self.guidance:.15g}, "
+        text = self.prompt[i // self.n] + (f"\nNegative prompt: {self.negative}" if self.negative else "")
+        text += f"\nSteps: {self.steps}, Sampler: {sampler}, CFG scale: {self.guidance:.15g}, "
         text += f"Seed: {self.seed + i}, Size: {self.width}x{self.height}, RNG: CPU, Model: {model}"
-        text += f", Denoising strength: {self.strength:.15g}" if self.image else ""
-        negative = f"\nNegative prompt: {self.negative}" if self.negative else ""
-        return f"{self.prompt[i // self.n]}{negative}\n{text}"
+        return text + (f", Denoising strength: {self.strength:.15g}" if self.image else "")
 
 
-# What `denoise` yields: a step's number, from 1, and timestep, the latents after it and its x0, (B, C, h, w).
+# What `denoise` yields: the step's number, from 1, its timestep, the latents after it, and the predicted x0.
 Step = NamedTuple("Step", [("number", int), ("timestep", int), ("latents", Tensor), ("x0", Tensor)])
 
 
@@ -711,11 +730,10 @@ class StableDiffusion(nn.Module):
 
     @contextmanager
     def on_device(self, model: nn.Module) -> Iterator[torch.dtype]:
-        """Moves `model` to the device, with offload only for this block of code; yields its dtype."""
+        """Moves `model` to the device, with offload only until the block ends; yields its dtype."""
         kept = [(parameter, parameter.data) for parameter in model.parameters()]
         try:
-            for parameter, data in kept:
-                parameter.data = data.to(self.device)
+            model.to(self.device)
             yield kept[0][1].dtype
         finally:
             for parameter, data in kept if self.offload_device else []:
@@ -820,28 +838,23 @@ class StableDiffusion(nn.Module):
 # ---------------------------------------------------------------------------------------------- 9 checkpoints
 # Weights stay in the mapped file unless converted. NAMES has CompVis's and diffusers' names for ours.
 
-COMPVIS, DIFFUSERS = 0, -1  # which of the words in NAMES
+COMPVIS, DIFFUSERS = 0, -1  # which of the words in PREFIXES and NAMES
 CONFIG_KEY = "sd.py"  # in a file's metadata, for the Config as JSON
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}  # fmt: skip
-PREFIXES = {
-    "text_encoder": "cond_stage_model.transformer.text_model. text_encoder.text_model.",
+PREFIXES = {"text_encoder": "cond_stage_model.transformer.text_model. text_encoder.text_model.",
     "vae": "first_stage_model. vae.", "unet": "model.diffusion_model. unet."}  # fmt: skip
 NAMES = {  # ours: CompVis's and, where it is another one, diffusers'
-    "text_encoder": {
-        "token_embedding": "embeddings.token_embedding.weight", "layers": "encoder.layers", "q": "q_proj",
-        "position_embedding": "embeddings.position_embedding.weight", "k": "k_proj", "v": "v_proj",
-        "attention": "self_attn", "out": "out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
+    "text_encoder": {"token_embedding": "embeddings.token_embedding.weight", "layers": "encoder.layers",
+        "position_embedding": "embeddings.position_embedding.weight", "attention": "self_attn", "q": "q_proj",
+        "k": "k_proj", "v": "v_proj", "out": "out_proj", "norm1": "layer_norm1", "norm2": "layer_norm2",
         "fc1": "mlp.fc1", "fc2": "mlp.fc2", "norm": "final_layer_norm"},
-    "vae": {
-        "middle.0": "mid.block_1 mid_block.resnets.0", "middle.1": "mid.attn_1 mid_block.attentions.0",
+    "vae": {"middle.0": "mid.block_1 mid_block.resnets.0", "middle.1": "mid.attn_1 mid_block.attentions.0",
         "middle.2": "mid.block_2 mid_block.resnets.1", "shortcut": "nin_shortcut conv_shortcut",
         "norm": "norm group_norm", "q": "q to_q", "k": "k to_k", "v": "v to_v", "out": "proj_out to_out.0",
         "norm_out": "norm_out conv_norm_out", "quant": "quant_conv", "post_quant": "post_quant_conv"},
-    "unet": {
-        "time_mlp.0": "time_embed.0 time_embedding.linear_1", "conv_in": "input_blocks.0.0 conv_in",
+    "unet": {"time_mlp.0": "time_embed.0 time_embedding.linear_1", "conv_in": "input_blocks.0.0 conv_in",
         "time_mlp.2": "time_embed.2 time_embedding.linear_2", "conv_out": "out.2 conv_out", "q": "to_q",
         "middle.0.residual": "middle_block.0 mid_block.resnets.0", "norm_out": "out.0 conv_norm_out",
         "middle.0.transformer": "middle_block.1 mid_block.attentions.0", "k": "to_k", "v": "to_v",
@@ -855,15 +868,14 @@ NAMES = {  # ours: CompVis's and, where it is another one, diffusers'
 
 
 def level_names(config: Config) -> dict[str, dict[str, str]]:
-    """NAMES of levels, some to spare. CompVis counts decoder levels backwards, UNet blocks in one go."""
+    """NAMES of levels and more. CompVis counts decoder levels backwards and UNet blocks in one go."""
     vae, unet, last = {}, {}, len(config.vae_channels) - 1
     for i in range(last + 1):
         for j in range(config.vae_blocks + 1):
-            vae[f"encoder.down.{i}.{j}"] = f"encoder.down.{i}.block.{j} encoder.down_blocks.{i}.resnets.{j}"
-            vae[f"decoder.up.{i}.{j}"] = f"decoder.up.{last - i}.block.{j} decoder.up_blocks.{i}.resnets.{j}"
-        down = f"encoder.down.{i}.downsample.conv encoder.down_blocks.{i}.downsamplers.0.conv"
-        vae[f"encoder.down.{i}.{j + 1}"] = down
-        vae[f"decoder.up.{i}.{j + 1}"] = f"decoder.up.{last - i}.upsample decoder.up_blocks.{i}.upsamplers.0"
+            vae[f"down.{i}.{j}"] = f"down.{i}.block.{j} down_blocks.{i}.resnets.{j}"
+            vae[f"up.{i}.{j}"] = f"up.{last - i}.block.{j} up_blocks.{i}.resnets.{j}"
+        vae[f"down.{i}.{j + 1}"] = f"down.{i}.downsample.conv down_blocks.{i}.downsamplers.0.conv"
+        vae[f"up.{i}.{j + 1}"] = f"up.{last - i}.upsample up_blocks.{i}.upsamplers.0"
     for i, attention in enumerate(reversed(config.unet_attention)):
         for j in range(config.unet_blocks + 1):
             n = i * (config.unet_blocks + 1) + j
@@ -887,23 +899,34 @@ def names_in(dialect: int, model: StableDiffusion, parts: Iterable[str] = PREFIX
     names: dict[str, str] = {}
     words, levels = NAMES | getattr(model.text_encoder, "NAMES", {}), level_names(model.config)  # BERT's
     for part in parts:
-        renamed = rename(model.get_submodule(part).state_dict(), words[part] | levels[part], dialect)
-        prefix = PREFIXES[part].split()[dialect]
-        names |= {f"{part}.{ours}": prefix + theirs for ours, theirs in renamed.items()}
+        pairs = rename(model.get_submodule(part).state_dict(), words[part] | levels[part], dialect).items()
+        names |= {f"{part}.{ours}": PREFIXES[part].split()[dialect] + theirs for ours, theirs in pairs}
     return names
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict of pairs. Raises ValueError if a name is there twice."""
+    check("a name", "there twice", len(dict(pairs)) == len(pairs), "different from the others")
+    return dict(pairs)
 
 
 def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata of a .safetensors file: the header's length (8 bytes), the header, the tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
+    text = data[8:start].decode() if start <= 5_000_000 else ""  # real ones are much smaller
+    header = json.loads(text, object_pairs_hook=unique)
+    json.dumps(header, ensure_ascii=False).encode()  # refuses broken UTF-16
+    numbers = re.sub('"[^"]*"', "", re.sub(r"\\.", "", text))  # what is outside of strings
+    check("a number", "wrong", not re.search(r"[^\d\s:,{}\[\]]|\d{20}", numbers), "natural and below 10**19")
     metadata = header.pop("__metadata__", {})
+    check("__metadata__", metadata, {*map(type, metadata.values())} <= {str}, "of strings only")
     tensors, end = {}, start
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
+        check(name, entry, len(entry) == 3 and len(shape) < 9, "dtype, shape and data_offsets")
         begin, stop = (start + offset for offset in entry["data_offsets"])
         size = math.prod(shape) * dtype.itemsize
-        right = begin == end and stop == begin + size <= len(data) and min(shape, default=0) >= 0
+        right = begin == end and stop == begin + size <= len(data)
         check(name, f"at bytes {begin} to {stop} of {len(data)}", right, f"{size} bytes from {end} on")
         flat = torch.frombuffer(data, dtype=torch.uint8, count=size, offset=begin) if size else torch.empty(0)
         flat = flat.clone() if begin % dtype.itemsize else flat  # only files without padding are not aligned
@@ -913,14 +936,15 @@ def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
     """A binary file to write; it appears at `path` when it is complete and on disk. Raises OSError."""
-    temporary = path.with_name(f".{path.name[:50]}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name[:50]}.{os.urandom(8).hex()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        overwrite or path.touch(exist_ok=False)  # raises FileExistsError; some disks have no hard links
         os.replace(temporary, path)
     except OSError as error:
         raise type(error)(f"{path}: {one_line(error)}; make room, or save elsewhere") from error
@@ -929,36 +953,73 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 class Placeholder:
-    """Stands for objects of training frameworks, which a .ckpt may hold besides its tensors; does nothing."""
+    """An inert stand-in for the foreign objects that a .ckpt may hold beside its tensors."""
 
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
-def read_pickle(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+# What PyTorch's unpickler allows, though its numbers are not in the file, are complex or quantized.
+MAKERS = (
+    r"GLOBAL (\w+.bytearray|torch.(.*Tensor$|storage.|Complex|Q|_utils._rebuild_(?!tensor_v2$|parameter)))"
+)
+
+
+def check_pickle(file: Any) -> None:
+    """Refuses a pickle that takes endless time or memory, or names one of MAKERS."""
+    tuples, made, shared, last = set(), 0, 0, ""
+    for i, (code, argument, _) in enumerate(pickletools.genops(file)):
+        right = i < 10**6 and not re.match(MAKERS, f"{code.name} {argument}")
+        check("its pickle", f"made with {argument}", right, "short, of the file's numbers")
+        made += code.name.startswith("TUPLE")
+        shared += "GET" in code.name and argument in tuples  # nested, they take endless time to hash
+        tuples |= {argument} if "PUT" in code.name and last.startswith("TUPLE") else set()
+        last = last if "PUT" in code.name else code.name  # PUT numbers what was made before
+    check("its pickle", f"of {made} tuples, {shared} used again", made < 50_000 and shared < 20, "of fewer")
+
+
+def read_pickle(path: Path, data: Any) -> tuple[dict[str, Any], dict[str, str]]:
     """The tensors in a file of torch.save, and its strings as metadata. No code of the file is run."""
-    mapped, foreign = False, []
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # PyTorch misreads a compressed record or .safetensors mapped
-            mapped = path.suffix != ".safetensors" and not any(r.compress_type for r in archive.infolist())
+    limit, zipped, mapped, foreign = 2 * len(data) + 10**8, data[:4] == b"PK\3\4", False, []
+    pickles = [data] * 5  # with which files of before PyTorch 1.6 begin
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            size, methods = sum(r.file_size for r in records), {r.compress_type for r in records}
+            plain = min(r.header_offset for r in records) == 0 and not archive.comment  # no second directory
+            right = plain and size <= limit and methods <= {zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED}
+            check("it", f"packed, {size} bytes", right, f"a plain or deflated zip of at most {limit}")
+            pickles = [archive.open(r) for r in records if r.filename.lower().endswith("data.pkl")]
+        mapped = path.suffix != ".safetensors" and not any(methods)  # PyTorch misreads these
         foreign = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    with open(path, "rb") as file, torch.serialization.safe_globals([(Placeholder, x) for x in foreign]):
-        content = torch.load(str(path) if mapped else file, "cpu", weights_only=True, mmap=mapped)
-    metadata = {name: value for name, value in content.items() if isinstance(value, str)}
-    return dict(content.get("state_dict", content)), metadata
+    for file in pickles:
+        check_pickle(file)
+    sizes = [data.tell()]
+
+    def zeros(storage: Any, _: str) -> Any:  # for old files, in place of uninitialized memory; it cannot grow
+        sizes.append(8 + storage.nbytes())
+        return torch.from_numpy(np.zeros(storage.nbytes(), np.uint8)).untyped_storage()
+
+    data.seek(0)
+    source, place = str(path) if mapped else data, "cpu" if zipped else zeros
+    with torch.serialization.safe_globals([(Placeholder, name) for name in foreign]):
+        content = torch.load(source, place, weights_only=True, mmap=mapped)
+    check("its end", data.tell(), zipped or data.tell() == sum(sizes) == len(data), f"{sum(sizes)}")
+    tensors = dict(content.get("state_dict", content))
+    size = sum(tensor.nbytes for tensor in tensors.values() if isinstance(tensor, Tensor))
+    check("the size of its tensors", size, size <= limit, f"at most {limit} bytes")
+    return tensors, {name: value for name, value in content.items() if isinstance(value, str)}
 
 
 OLD_NAMES = {  # spellings of older files, and today's
-    r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model.",
     r"0\.query": "0.to_q", r"0\.key": "0.to_k", r"0\.value": "0.to_v", r"0\.proj_attn": "0.to_out.0",
-}  # fmt: skip
-LORA_NAMES = {  # kohya's and PEFT's names, and ours: diffusers' with underscores, then .up, .down or .alpha
+    r"^(text_encoder|cond_stage_model\.transformer)\.(?!text_model\.)": r"\1.text_model."}  # fmt: skip
+LORA_NAMES = {  # kohya's and PEFT's names -> diffusers' with underscores, and .up, .down or .alpha
     r"\.": "_", r"^lora_unet": "unet", r"^(lora_te|text_encoder)_(text_model_)?": "text_encoder_text_model_",
     r"_lora_(down|A)_weight$": ".down", r"_lora_(up|B)_weight$": ".up", r"_alpha$": ".alpha"}  # fmt: skip
 UNNEEDED = re.compile(  # schedules, averaged weights, and what training or comparing texts with images takes
-    r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?|v_pred)$"
-    r"|^model_ema\.|^first_stage_model\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$"
-)
-FAMILIES = {  # of models: a pattern for the name of one of their tensors and the second size of its shape
+    r"^(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale(_factor)?|v_pred)$|^model_ema\."
+    r"|^first_stage_model\.loss\.|\bposition_ids$|\btext_projection\b|\blogit_scale$")  # fmt: skip
+FAMILIES = {  # other models: a pattern for "NAME" or, from two dimensions on, "NAME SECOND_SIZE"
     "a LoHa, a LoKr or a DoRA": r"\.hada_w1|\.lokr_w1|dora_scale|\.lora_mid\.|lora_magnitude_vector",
     "a ControlNet or a textual inversion": r"^(control_model\.|controlnet_|string_to_param|emb_params)",
     "Stable Diffusion 2": r"^cond_stage_model\.model\.|attn2[._]to_k\.\S*weight 1024$",
@@ -968,34 +1029,31 @@ FAMILIES = {  # of models: a pattern for the name of one of their tensors and th
     "a model with zero terminal SNR": r"^ztsnr$",
     "a LoRA": r"lora[_.]",
     "a VAE": r"^(?!first_stage_model\.|vae\.).*coder\.(conv_in|mid)",
-    "a UNet": r"^(input|down)_blocks\.",
-}
+    "a UNet": r"^(input|down)_blocks\."}  # fmt: skip
 DIFFUSERS_CONFIG = {  # diffusers' names in config.json: ours; attention_head_dim is the number of heads
     "scheduler": {"num_train_timesteps": "timesteps", "prediction_type": "prediction",
         "beta_start": "beta_start", "beta_end": "beta_end"},
-    "text_encoder": {
-        "vocab_size": "vocab_size", "max_position_embeddings": "text_length", "hidden_size": "text_dim",
-        "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads"},
-    "vae": {
-        "layers_per_block": "vae_blocks", "norm_num_groups": "norm_groups", "scaling_factor": "latent_scale",
-        "block_out_channels": "vae_channels", "latent_channels": "latent_channels"},
-    "unet": {
-        "block_out_channels": "unet_channels", "layers_per_block": "unet_blocks",
+    "text_encoder": {"vocab_size": "vocab_size", "max_position_embeddings": "text_length",
+        "hidden_size": "text_dim", "num_hidden_layers": "text_layers", "num_attention_heads": "text_heads"},
+    "vae": {"latent_channels": "latent_channels", "block_out_channels": "vae_channels",
+        "layers_per_block": "vae_blocks", "norm_num_groups": "norm_groups", "scaling_factor": "latent_scale"},
+    "unet": {"block_out_channels": "unet_channels", "layers_per_block": "unet_blocks",
         "attention_head_dim": "unet_heads", "norm_num_groups": "norm_groups",
         "cross_attention_dim": "text_dim", "down_block_types": "unet_attention"}}  # fmt: skip
 
 
 def read_file(path: Path, kind: str) -> tuple[dict[str, Any], dict[str, Any], list[mmap.mmap]]:
-    """The tensors of a file, what its metadata says, the map they lie in. Refuses FAMILIES not in `kind`."""
+    """The tensors of a file, the fields in its metadata, its memory map. Refuses FAMILIES not in `kind`."""
     with reading(path):
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)  # copy on write: the file stays as is
         stub = data[8:9] != b"{" and re.match(rb"version https://git-lfs|\s*<", data)
         check("this", "a Git LFS pointer or a web page", not stub, "the file itself (try `git lfs pull`)")
-        tensors, metadata = read_safetensors(data) if data[8:9] == b"{" else read_pickle(path)
-        for name, tensor in tensors.items() if CONFIG_KEY not in metadata else []:
+        tensors, metadata = read_safetensors(data) if data[8:9] == b"{" else read_pickle(path, data)
+        for name, tensor in tensors.items():
+            check("a name", repr(name), isinstance(name, str) and len(name) < 500, "a short string")
             name = f"{name} {tensor.shape[1]}" if getattr(tensor, "ndim", 0) > 1 else name
-            for family, pattern in FAMILIES.items():
+            for family, pattern in FAMILIES.items() if CONFIG_KEY not in metadata else []:
                 check("this", family, family in kind or not re.search(pattern, name), f"{kind} of SD v1")
         about = metadata.get(CONFIG_KEY, metadata.get("lora_adapter_metadata", "{}"))  # a Config, or PEFT's
         return tensors, dict(json.loads(about)), [data]
@@ -1035,12 +1093,12 @@ def pick_tensors(path: Path, tensors: dict, model: StableDiffusion, names: dict[
         tensor, shape = tensors.pop(theirs, None), model.get_parameter(name).shape
         if not isinstance(tensor, Tensor):
             wrong.append(f"{theirs} is missing")
-        elif tensor.shape[:2] != shape[:2] or tensor.numel() != shape.numel():  # 1x1 convolutions end in ones
+        elif tensor.shape[:2] != shape[:2] or tensor.numel() != shape.numel():  # a 1x1 kernel adds ones
             wrong.append(f"{theirs} has shape {tuple(tensor.shape)} and not {tuple(shape)}")
         else:
             state[name] = tensor.detach().reshape(shape)
     if wrong:
-        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])}; use a whole one")
+        raise ValueError(f"{path}: {len(wrong)} bad tensors: {', '.join(wrong[:3])[:300]}; use a whole one")
     if unused := [name for name in tensors if not UNNEEDED.search(name)]:
         warnings.warn(f"{path}: {len(unused)} tensors are not used: {', '.join(unused[:3])}", stacklevel=2)
     return state
@@ -1061,8 +1119,11 @@ def merge_lora(model: StableDiffusion, state: dict[str, Tensor], path: Path, sca
             up, down = (tensors.pop(f"{layer}.{end}").float().flatten(1) for end in ("up", "down"))
             alpha = about.get(f"{ours.split('.')[0]}.lora_alpha", len(down))  # in PEFT's metadata
             ratio, weight = float(tensors.pop(f"{layer}.alpha", alpha)) / len(down), state[ours]
+            size = (len(up), down.shape[1])
+            check(layer, size, math.prod(size) == weight.numel(), f"of {weight.numel()} weights")
             delta = (scale * ratio * up @ down).unflatten(1, weight.shape[1:])  # (out, in)
             state[ours] = (weight + delta.to(weight.device)).to(weight.dtype)
+            check(layer, "infinite with its LoRA", state[ours].isfinite().all(), "finite; lower its scale")
     if rest := list(tensors):
         warnings.warn(f"{path}: {len(rest)} tensors fit no layer: {', '.join(rest[:3])}", stacklevel=3)
 
@@ -1097,13 +1158,15 @@ def load(path: str | Path, device: Any = "cpu", dtype: torch.dtype = torch.float
         prefix = PREFIXES["vae"].split()[dialect]
         tensors = {prefix + name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
         state |= pick_tensors(vae, tensors, model, names_in(dialect, model, ["vae"]))
-        model.config = replace(model.config, latent_scale=own.get("latent_scale", model.config.latent_scale))
-    tensors, home = {}, torch.device("cpu") if offload else device  # the originals can go
+        with reading(vae):
+            scale = own.get("latent_scale", model.config.latent_scale)
+            model.config = replace(model.config, latent_scale=scale)
+    tensors, home = {}, torch.device("cpu") if offload else device  # originals are freed one by one
     for name, tensor in state.items():
-        if tensor.dtype != dtype or home.type != "cpu":  # convolutions are faster in channels_last
-            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format
+        if tensor.dtype != dtype or home.type != "cpu":
+            layout = torch.channels_last if tensor.ndim == 4 else torch.preserve_format  # faster
             state[name] = tensor.to(home, dtype, memory_format=layout)
-            for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # the original's pages can be freed
+            for data in maps if hasattr(mmap, "MADV_DONTNEED") else []:  # frees the original's pages
                 data.madvise(mmap.MADV_DONTNEED)
     model.name = path.name if path.is_dir() else re.sub(r"\.(safetensors|ckpt)$", "", path.name)
     for file, scale in loras.items():
@@ -1120,11 +1183,10 @@ def save(model: StableDiffusion, path: str | Path) -> None:
     tensors = {position_ids: torch.arange(model.config.text_length)[None]}
     for name, theirs in names_in(COMPVIS, model).items():
         tensor = model.get_parameter(name).detach()
-        convolution = tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name)  # 1x1, in CompVis
+        convolution = tensor.ndim == 2 and (name.startswith("vae.") or ".proj_" in name)  # 1x1 in CompVis
         tensors[theirs] = tensor[:, :, None, None] if convolution else tensor
     tensors |= {"v_pred": torch.empty(0)} if model.config.prediction == "v_prediction" else {}
-    metadata = {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}
-    header: dict[str, Any] = {"__metadata__": metadata}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", CONFIG_KEY: json.dumps(asdict(model.config))}}
     dtypes, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
@@ -1140,9 +1202,8 @@ def save(model: StableDiffusion, path: str | Path) -> None:
 # -------------------------------------------------------------------------------------------- 10 command line
 
 FLOATS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-PNG_NAMES = {  # of settings in the text of a PNG, and of options
-    "Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Width": "width", "Height": "height",
-    "Denoising strength": "strength", "Hires upscale": "upscale"}  # fmt: skip
+PNG_NAMES = {"Steps": "steps", "CFG scale": "guidance", "Seed": "seed", "Width": "width", "Height": "height",
+    "Denoising strength": "strength", "Hires upscale": "upscale"}  # in a PNG's text: options  # fmt: skip
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -1171,18 +1232,17 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     option("--dtype", metavar="D", choices=FLOATS, help="fp32, fp16 or bf16 (fp32 on a CPU, else fp16)")
     option("--offload", action="store_true", help="keep each model on the device only while it runs")
     option("--compile", action="store_true", help="compile the UNet: slow start, faster steps")
+    if settings := parser.parse_known_args(arguments)[0].settings:
+        parser.set_defaults(**read_settings(settings))
     args, unknown = parser.parse_known_args(arguments)
-    if args.settings:
-        parser.set_defaults(**read_settings(args.settings))
-        args, unknown = parser.parse_known_args(arguments)
     check("the option or word", " ".join(unknown[:1]), not unknown, "one that --help shows")
     check("--prompt", "missing", args.prompt is not None, "given")
     if isinstance(args.prompt, str) and args.prompt.startswith("@"):
-        with reading(args.prompt, "use text in UTF-8"):
+        with reading(args.prompt[1:], "use text in UTF-8"):
             lines = Path(os.path.expanduser(args.prompt[1:])).read_text(encoding="utf-8-sig").splitlines()
         args.prompt = [line.strip() for line in lines if line.strip()]
-    loras = [re.split(r":(?=[-.\d]+$)", lora) for lora in args.lora]
-    args.lora = {file: float(*scale or [1]) for file, *scale in loras}
+    loras = [lora if re.search(r":-?\d*\.?\d+$", lora) else f"{lora}:1" for lora in args.lora]
+    args.lora = {file: float(scale) for file, _, scale in (lora.rpartition(":") for lora in loras)}
     return args
 
 
@@ -1193,7 +1253,7 @@ def read_settings(path: Path) -> dict[str, Any]:
         check("its text", "without steps", steps, "that of sd.py or AUTOMATIC1111's web UI")
     prompt, _, negative = text.partition("\nNegative prompt: ")
     last = re.sub(r"Size: (\d+)x(\d+)", r"Width: \1, Height: \2", f"Steps: {last}").replace(", RNG: CPU", "")
-    found = dict(re.findall(r'([\w ]+): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last))
+    found = dict(re.findall(r'([\w ]{1,40}): ("(?:\\.|[^"\\])*"|[^,]*)(?:, |$)', last))
     options = {ours: found.pop(theirs) for theirs, ours in PNG_NAMES.items() if theirs in found}
     if found.get("Sampler") in SAMPLER_NAMES:
         options["sampler"] = SAMPLER_NAMES[found.pop("Sampler")]
@@ -1203,7 +1263,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def reuse_memory() -> None:
-    """Makes this process keep freed memory; getting it back takes a tenth of a step, a fifth of decoding."""
+    """Makes the process keep freed memory: asking again costs a tenth of a step and a fifth of decoding."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 2**27) or libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD; older glibc allows 2**25
@@ -1214,18 +1274,14 @@ def save_image(image: Image.Image, path: str | Path) -> Path:
     """Saves a PNG as the first of out.png, out-1.png, ... that is free; returns its name. Raises OSError."""
     info = PngImagePlugin.PngInfo()
     info.add_text("parameters", image.info.get("parameters", ""))
-    path = Path(os.path.expanduser(path))
-    for i in count():
-        name = path.with_stem(f"{path.stem}-{i}" if i else path.stem)
-        with suppress(FileExistsError):
-            name.touch(exist_ok=False)  # so that no other process takes it
-            break
+    path, i = Path(os.path.expanduser(path)), 0
+    while os.path.lexists(name := path.with_stem(f"{path.stem}-{i}" if i else path.stem)):
+        i += 1
     try:
-        with atomic_write(name) as file:
+        with atomic_write(name, overwrite=False) as file:
             image.save(file, "png", pnginfo=info)
-    except BaseException:
-        name.unlink()
-        raise
+    except FileExistsError:  # another process was faster
+        return save_image(image, path)
     return name
 
 
@@ -1242,7 +1298,7 @@ def generate_files(arguments: list[str]) -> None:
     if args.strength is None:
         args.strength = 0.35 if args.upscale else Settings.strength
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    replace(settings).resolve(Config(vae_channels=(32,)))  # reports what SD v1 cannot do before loading
+    replace(settings).resolve(Config(vae_channels=(32,)))  # fails early; no size is wrong for one level
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     model = load(args.weights, device, FLOATS[dtype], args.offload, args.vae, args.lora)
@@ -1270,6 +1326,8 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
     """Runs a command line; returns its exit status: 0, 2 after a user's mistake, 130 when interrupted."""
     reuse_memory()
     warnings.showwarning = lambda message, *_: print(f"{program}: note: {one_line(message)}", file=sys.stderr)
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # about damaged images
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # likewise
     try:
         return run(sys.argv[1:]) or 0
     except KeyboardInterrupt:
@@ -1277,14 +1335,14 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
         return 130
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         wrong = one_line(error)
-        if isinstance(error, MemoryError) or re.search("allocate|bad_alloc", str(error)):
+        if isinstance(error, MemoryError) or re.search(r"allocate (memory|\d)|bad_alloc", str(error)):
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
             reason, *_ = str(error).split("\n\n")  # the rest is for developers
             wrong = f"cannot compile: {one_line(reason)}; leave out --compile"
         elif isinstance(error, RuntimeError):
             raise
-    print(f"{program}: error: {wrong}", file=sys.stderr)
+    print(f"{program}: error: {wrong[:450]}", file=sys.stderr)
     return 2
 
 

@@ -160,15 +160,6 @@ def test_words_and_dropped_words(text, words, dropped):
     assert tokenizer().dropped(text) == dropped
 
 
-def test_pieces():
-    small = bert.WordPiece(["[PAD]", *SPECIAL, "un", "##aff", "##able", "##a", "##b", "una"], length=9)
-    pad, unknown, start, end, mask, un, _, _, _, b, una = range(11)
-    assert small.tokens("unbaffable") == ["un", "##b", "##aff", "##able"]
-    assert small.tokens("unaffable") == ["[UNK]"]  # the longest match, "una", is not given up for "un"
-    assert small("unb unc [MASK]") == [start, un, b, unknown, mask, end, pad, pad, pad]
-    assert small("una " * 9) == [start, *7 * [una], end]
-
-
 @pytest.mark.parametrize("missing", ["[PAD]", "[UNK]", "[CLS]", "[SEP]"])
 def test_vocabulary_without_a_special_token(missing):
     with pytest.raises(ValueError, match=rf"vocabulary is without \{missing} and"):
@@ -330,7 +321,7 @@ MISTAKES = {  # a file, its content or, in a dict, what changes in it (None remo
     "heads that do not divide": (SETTINGS, {"num_attention_heads": 5}, "5 and must be a divisor of text_dim"),
     "no heads": (SETTINGS, {"num_attention_heads": 0}, "text_heads is 0"),
     "empty weights": (WEIGHTS, "", "cannot mmap an empty file"),
-    "damaged weights": (WEIGHTS, "x" * 99, "safetensors: Unsupported operand 120; use"),
+    "damaged weights": (WEIGHTS, "x" * 99, "safetensors: at position 0, opcode .* unknown; use"),
     "damaged header": (WEIGHTS, b"\x09" + bytes(7) + b'{"a": [1]', "Expecting ',' delimiter"),
     "no positions": (PICKLE, {POSITIONS: None}, f"'{POSITIONS}' is missing"),
     "no segments": (PICKLE, {SEGMENTS: None}, f"'{SEGMENTS}' is missing"),

@@ -22,7 +22,7 @@ from pathlib import Path
 import make_checkpoint
 import pytest
 import torch
-from conftest import ROOT, measured, relative_error
+from conftest import ROOT, limit, measured
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -315,7 +315,7 @@ callback = ModelCheckpoint()
 callback.owner = callback
 plain = [
     470000, "1.4.2", None, {"state": {0: {"exp_avg": torch.ones(3, 3)}}, "param_groups": [{"lr": 1e-4}]},
-    {1, 2}, 1j, b"bytes", bytearray(b"bytes"), 2**100, "\\u20ac", collections.Counter("ab"),
+    {1, 2}, 1j, b"bytes", 2**100, "\\u20ac", collections.Counter("ab"),
     collections.OrderedDict(a=1), torch.device("cpu"), torch.float16, torch.Size([1]), torch.get_rng_state(),
 ]
 foreign = [
@@ -466,6 +466,7 @@ def test_diffusers_file_names(kind, folder, expected):
 def with_old_attention(t: Tensors) -> Tensors:
     for name, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
         t = {n.replace(f".{name}.", f".{old}."): v for n, v in t.items()}
+    assert any("proj_attn" in n for n in t)
     return t
 
 
@@ -509,15 +510,31 @@ def test_configs_may_lack_fields(folder):
     assert load(folder).config.latent_scale == 0.18215
 
 
-def scheduler_config(folder: Path, **changes) -> None:
-    path = folder / "scheduler/scheduler_config.json"
+def edit(folder: Path, part: str, **changes) -> None:
+    path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+CONFLICT = r"/(unet|vae)/config.json: \w+ is \d+ and must be \d+, as"
+
+
+@pytest.mark.parametrize("part, key, value, message", [
+    ("scheduler", "prediction_type", "sample", "prediction is sample and must be epsilon or v_prediction"),
+    ("scheduler", "rescale_betas_zero_snr", True, "rescale_betas_zero_snr is True and must be False"),
+    ("scheduler", "beta_schedule", "linear", "beta_schedule is linear and must be scaled_linear"),
+    ("unet", "norm_num_groups", 2, CONFLICT), ("vae", "norm_num_groups", 8, CONFLICT),
+    ("unet", "cross_attention_dim", 64, CONFLICT), ("text_encoder", "hidden_size", 64, CONFLICT),
+])  # fmt: skip
+def test_configs_that_are_refused(part, key, value, message, folder):
+    edit(folder, part, **{key: value})
+    assert re.search(message, refusal(folder))
 
 
 def test_v_prediction_is_recognized(tiny, folder, tmp_path):
     """By a folder's scheduler, or by the key that other tools use; and it is saved for both."""
     assert load(folder).config.prediction == load(tiny).config.prediction == "epsilon"
-    scheduler_config(folder, prediction_type="v_prediction", rescale_betas_zero_snr=None, beta_schedule=None)
+    changes = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": None, "beta_schedule": None}
+    edit(folder, "scheduler", **changes)
     keyed, saved = tmp_path / "keyed.safetensors", tmp_path / "saved.safetensors"
     save_file(load_file(tiny) | {"v_pred": torch.empty(0)}, keyed, METADATA)
     for path in (folder, keyed):
@@ -532,16 +549,6 @@ def test_v_prediction_is_recognized(tiny, folder, tmp_path):
     assert "v_pred" not in load_file(saved)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"prediction_type": "sample"}, "prediction is sample and must be epsilon or v_prediction"),
-    ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr is True and must be False"),
-    ({"beta_schedule": "linear"}, "beta_schedule is linear and must be scaled_linear"),
-])  # fmt: skip
-def test_other_schedules_are_refused(folder, changes, message):
-    scheduler_config(folder, **changes)
-    assert message in refusal(folder)
-
-
 def test_zero_terminal_snr_is_refused(tiny, tmp_path):
     """By the key that other tools use."""
     path = tmp_path / "model.safetensors"
@@ -549,20 +556,10 @@ def test_zero_terminal_snr_is_refused(tiny, tmp_path):
     assert "a model with zero terminal SNR" in refusal(path)
 
 
-@pytest.mark.parametrize("part, key, value", [
-    ("unet", "norm_num_groups", 2), ("vae", "norm_num_groups", 8), ("unet", "cross_attention_dim", 64),
-    ("text_encoder", "hidden_size", 64),
-])  # fmt: skip
-def test_conflicting_configs_are_refused(part, key, value, folder):
-    path = folder / part / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
-    assert re.search(r"/(unet|vae)/config.json: \w+ is \d+ and must be \d+, as", refusal(folder))
-
-
 # ------------------------------------------------------------------------------------------------------- save
 
 
-def test_full_size_save_opens_in_diffusers(full, tmp_path):
+def test_full_size_save_has_the_released_layout(full, tmp_path):
     model, path = load(full), tmp_path / "own.safetensors"
     assert model.config == sd.Config()
     sd.save(model, path)
@@ -572,24 +569,9 @@ def test_full_size_save_opens_in_diffusers(full, tmp_path):
     keys = json.loads((make_checkpoint.HERE / "sd15_keys.json").read_text())
     assert layout == without(r"^model_ema\.|^\w+$")(keys)
 
-    theirs = make_checkpoint.reference_pipeline(path, tmp_path / "configs")
-    generator = torch.Generator().manual_seed(0)
-    ids, t = torch.randint(49408, (1, 77), generator=generator), torch.tensor([321])
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
-    images = torch.randn(1, 3, 64, 64, generator=generator)
-    with torch.no_grad():
-        context = model.text_encoder(ids)
-        for ours, expected in [
-            (context, theirs.text_encoder(ids)[0]),
-            (model.unet(latents, t, context), theirs.unet(latents, t, context).sample),
-            (model.vae.decode(latents), theirs.vae.decode(latents).sample),
-            (torch.cat(model.vae.encode(images), 1), theirs.vae.encode(images).latent_dist.parameters),
-        ]:
-            assert measured("a full-size file of ours in diffusers", relative_error(ours, expected)) < 1e-5
-
 
 @pytest.mark.parametrize("kind", [*SAVE, "folder"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_load_save_load_is_bit_equal(kind, dtype, tmp_path, tensors, expected, tiny, tiny_folder):
     """From each dialect to the same file. A folder's Config is in its config.json files."""
     path, source = tmp_path / "own" / "model", tiny_folder if kind == "folder" else tmp_path / "source"
@@ -623,16 +605,11 @@ def test_saved_over_the_file_it_is_mapped_from(tmp_path, monkeypatch, tiny, expe
 def test_failed_save_leaves_the_old_file(trouble, tmp_path):
     path, model = tmp_path / "model.safetensors", random_model(TINY)
     sd.save(model, path)
-    old, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    if trouble == "full disk":
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # no file can grow over 100 kB
-    else:
-        model.unet.to("meta")
-    try:
-        with pytest.raises(OSError if trouble == "full disk" else NotImplementedError):
-            sd.save(model, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    old, full = path.read_bytes(), trouble == "full disk"
+    model.unet.to("cpu" if full else "meta")
+    room = limit(resource.RLIMIT_FSIZE, 100_000 if full else 10**9)  # no file can grow over it
+    with room, pytest.raises(OSError if full else NotImplementedError):
+        sd.save(model, path)
     assert path.read_bytes() == old and list(tmp_path.iterdir()) == [path]
     with pytest.raises(FileNotFoundError):
         sd.save(model, tmp_path / "missing" / "model.safetensors")
@@ -667,23 +644,6 @@ def test_safetensors_of_the_library(tmp_path):
             read, metadata = sd.read_safetensors(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
         assert_same(read, expected)
         assert metadata == labels
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_saved_file_is_the_librarys(tiny, tmp_path, dtype):
-    """Whatever the layout of the weights in memory."""
-    model = load(tiny).to(dtype)
-    for weight in model.parameters():
-        weight.data = weight.data.mT.contiguous().mT if weight.ndim > 1 else weight.data
-    sd.save(model, tmp_path / "model")
-    saved, names = load_file(tmp_path / "model"), sd.names_in(sd.COMPVIS, model)
-    assert len(saved) == len(names) + 1  # and the positions' ids
-    for ours, weight in model.named_parameters():
-        assert saved[names[ours]].dtype == dtype and torch.equal(
-            saved[names[ours]].view(weight.shape), weight
-        )
-    with safe_open(tmp_path / "model", "pt") as file:
-        assert file.metadata() == {"format": "pt", "sd.py": json.dumps(asdict(model.config))}
 
 
 # ----------------------------------------------------------------------------------------------------- memory

@@ -168,15 +168,6 @@ def test_options_reach_the_image(
     assert sd.save_image(expected, "~/of.png") == tmp_path / "of-1.png"
 
 
-def test_n_images_have_consecutive_seeds(run_main, small64, small_model, tmp_path):
-    result = run_main("--weights", small64, "--n", 3, "--seed", 7, "--steps", 2)
-    assert result.stdout.split() == ["out.png", "out-1.png", "out-2.png"]
-    assert result.stderr.count("\n") == 1 and result.stderr.endswith(" seed 7\n")
-    expected = small_model.generate(PROMPT, seed=7, n=3, steps=2, width=64, height=64)
-    for name, image in zip(result.stdout.split(), expected):
-        assert abs(pixels(tmp_path / name) - pixels(image)).max() <= 1
-
-
 @pytest.mark.long
 def test_compile_gives_the_same_image(run_sd, small, small_model, tmp_path):
     result = run_sd("--weights", small, "--compile", "--seed", 5, *QUICK)
@@ -210,13 +201,6 @@ def test_notes(run_main, small64, more, note):
     assert not notes or re.fullmatch(f"sd.py: note: .*{note}.*", notes[0])
 
 
-def test_note_about_unused_tensors(run_main, small, tmp_path):
-    more = tmp_path / "more.safetensors"
-    save_file(load_file(small) | {"guide.weight": torch.zeros(2)}, more, METADATA)
-    note, _ = run_main("--weights", "more.safetensors", "--steps", 1).stderr.splitlines()
-    assert re.fullmatch(r"sd\.py: note: more\.safetensors: 1 tensors .*: guide\.weight", note)
-
-
 # --------------------------------------------------------------------------------------------- files written
 
 
@@ -225,11 +209,8 @@ def parse_parameters(text: str) -> tuple[str, str, dict[str, str]]:
     *lines, last = text.split("\n")
     prompt, _, negative = "\n".join(["", *lines]).partition("\nNegative prompt: ")
     pairs = re.findall(r'\s*(\w[\w \-/]+):\s*("(?:\\.|[^"\\])+"|[^,]*)(?:,|$)', last)
-    return (
-        prompt[1:],
-        negative,
-        {key: json.loads(value) if value[0] == '"' else value for key, value in pairs},
-    )
+    values = {key: json.loads(value) if value[0] == '"' else value for key, value in pairs}
+    return prompt[1:], negative, values
 
 
 @pytest.mark.parametrize("prompt, negative, guidance, weights, model_name, sampler, strength", [
@@ -273,26 +254,13 @@ def test_image_is_made_again_from_its_png(
     assert Path("out-3.png").read_bytes() == Path("out-1.png").read_bytes()
 
 
-def parsed(path: Path):
-    """What the package sd-parsers reads."""
-    sd_parsers = pytest.importorskip("sd_parsers", reason="needs sd-parsers")
-    return sd_parsers.ParserManager().parse(path)
-
-
 @pytest.mark.parametrize("sampler, name", [("ddpm", "ddpm"), ("ddim", "DDIM"), ("dpm++", "DPM++ 2M")])
 def test_png_is_read_by_sd_parsers(run_main, small64, sampler, name):
-    words = [
-        "--prompt",
-        'a "red" apple,\nSteps: 3',
-        "--negative",
-        "blue, (ugly)",
-        "--sampler",
-        sampler,
-        "--seed",
-        5,
-    ]
-    assert run_main("--weights", small64, *words, "--steps", 2, "--guidance", 3.5).returncode == 0
-    info = parsed("out.png")
+    words = ["--prompt", 'a "red" apple,\nSteps: 3', "--negative", "blue, (ugly)", "--sampler", sampler]
+    result = run_main("--weights", small64, *words, "--seed", 5, "--steps", 2, "--guidance", 3.5)
+    assert result.returncode == 0
+    sd_parsers = pytest.importorskip("sd_parsers", reason="needs sd-parsers")
+    info = sd_parsers.ParserManager().parse("out.png")
     assert info.generator.value == "AUTOMATIC1111"
     [prompt], [negative], [used], [model] = info.prompts, info.negative_prompts, info.samplers, info.models
     assert (prompt.value, negative.value) == ('a "red" apple,\nSteps: 3', "blue, (ugly)")
@@ -344,6 +312,13 @@ def test_settings_without_a_prompt_or_with_another_sampler(run_main, small64):
     assert text.startswith("\nNegative prompt: blue\nSteps: 2, Sampler: ddpm, CFG scale: 7.5, Seed: 9, ")
 
 
+def test_long_text_of_settings(run_main, small64):
+    """With words that are no settings, in time that grows with their length only."""
+    labeled("long.png", f"a cat\nSteps: 2, {'a' * 300_000}, Size: 64x64, Seed: 9")
+    run_main("--weights", small64, "--settings", "long.png", prompt=False)
+    assert Image.open("out.png").info["parameters"].startswith("a cat\nSteps: 2, ")
+
+
 def test_upscale(run_main, small64, small_model, tmp_path):
     """An image, enlarged and redrawn; and the same PNG again from its settings."""
     result = run_main("--weights", small64, "--upscale", 1.37, "--steps", 8, "--seed", 3, "--n", 2)
@@ -384,23 +359,12 @@ def test_vae_and_loras(run_main, small64, small, tmp_path):
     make_checkpoint.write_vae(tmp_path / "vae.ckpt", small=True, seed=3)
     for i, name in enumerate(["one.safetensors", "t:0.o:2"]):
         save_file(make_checkpoint.random_lora("kohya", small=True, seed=i), tmp_path / name)
-    words = [
-        "--lora",
-        "one.safetensors:0.3",
-        "--lora",
-        "t:0.o:2:-.5",
-        "--vae",
-        "vae.ckpt",
-        "--seed",
-        1,
-        *QUICK,
-    ]
-    result = run_main("--weights", small64, *words)
+    words = ["--lora", "one.safetensors:0.3", "--lora", "t:0.o:2:-.5", "--vae", "vae.ckpt", "--seed", 1]
+    result = run_main("--weights", small64, *words, *QUICK)
     assert result.returncode == 0, result.stderr
     loras = {"one.safetensors": 0.3, "t:0.o:2": -0.5}
-    [expected] = sd.load(small, vae="vae.ckpt", loras=loras).generate(
-        PROMPT, steps=2, seed=1, width=64, height=64
-    )
+    model = sd.load(small, vae="vae.ckpt", loras=loras)
+    [expected] = model.generate(PROMPT, steps=2, seed=1, width=64, height=64)
     assert abs(pixels(Path("out.png")) - pixels(expected)).max() <= 1
     assert ', Model: "small64 + one:0.3 + t:0:-0.5"' in Image.open("out.png").info["parameters"]
     assert sd.parse(["--prompt", "", "--lora", "C:\\a.safetensors"]).lora == {"C:\\a.safetensors": 1.0}
@@ -497,30 +461,26 @@ def test_ctrl_c_during_the_imports(tmp_path, module):
 WITH_IMAGE, WITH_MASK = ["--image", "image.png"], ["--mask", "mask.png"]
 MISTAKES = [
     ([], "missing.safetensors is missing"), (["--weights", "~nosuchuser/a.ckpt"], "~nosuchuser"),
-    (["--steps", 0], "steps is 0"), (["--steps", -1], "steps is -1"), (["--steps", 1001], "steps is 1001"),
-    (["--steps", "abc"], "--steps"), (["--steps"], "--steps"), (["--frobnicate"], "--frobnicate"),
+    (["--steps", 0], "steps is 0"), (["--steps", "abc"], "--steps"), (["--steps"], "--steps"),
+    (["--frobnicate"], "--frobnicate"),
     (["--step", 3], "option or word .*--step "), (["--promt", "a cat"], "option or word .*--promt "),
     (["--no\nsuch"], "option or word .*--no such "), (["train"], "option or word .*train "),
-    (["--n", 0], "n is 0"), (["--n", -1], "n is -1"), (["--seed", "1.5"], "--seed"),
-    (["--seed", -1], "seed is -1"), (["--seed", 2**64], "seed is"), (["--seed", 10**30], "seed is"),
-    (["--seed", 2**64 - 1, "--n", 2], "seed is"), (["--guidance", "nan"], "guidance is nan"),
-    (["--guidance", "inf"], "guidance is inf"), (["--sampler", "euler"], "ddim"),
-    (["--width", -64], "width is -64"), (["--width", 0], "width is 0"),
-    (["--height", -64], "height is -64"),
-    (["--height", 8 * 10**29], "height is 80+"), (["--dtype", "int8"], "--dtype"),
+    (["--n", 0], "n is 0"), (["--seed", "1.5"], "--seed"), (["--seed", 10**30], "seed is"),
+    (["--guidance", "nan"], "guidance is nan"), (["--sampler", "euler"], "ddim"),
+    (["--width", 0], "width is 0"), (["--height", 8 * 10**29], "height is 80+"),
+    (["--dtype", "int8"], "--dtype"),
     (["--device", "cuda:99"], "device cuda:99 is not"), (["--device", "meta"], "device meta is not"),
     (["--device", "nonsense"], "device nonsense is not"), (["--device", "two\nlines"], "two lines is not"),
     (["--image", "two\nlines"], "two lines: .*No such file"), (["--strength", 0.5], "strength is given"),
     (["--upscale", 1], "upscale is 1"), (["--upscale", 4.1], "upscale is 4.1"),
     (["--upscale", 0], "upscale is 0"), (["--upscale", "nan"], "upscale is nan"),
     ([*WITH_IMAGE, "--upscale", 2], "upscale is given .* --width"),
-    (["--upscale", 2, "--strength", 0], "strength is 0"), (["--lora", "a:1.2.3"], "1.2.3"),
+    (["--upscale", 2, "--strength", 0], "strength is 0"),
     (["--settings", "image.png"], "image.png: 'parameters' is missing"),
     (["--settings", "mask.jpg"], "mask.jpg: No such file"), (["--settings", "other.png"], "without steps"),
-    (["--prompt", "@image.png"], "@image.png: .*utf-8"),
-    (["--prompt", "@no.txt"], "@no.txt: No such"), (["--prompt", "@empty.txt"], "prompt is an empty list"),
-    ([*WITH_IMAGE, "--strength", 0], "strength is 0"), ([*WITH_IMAGE, "--strength", 1.1], "strength is 1.1"),
-    ([*WITH_IMAGE, "--strength", "nan"], "strength is nan"), (WITH_MASK, "mask is given"),
+    (["--prompt", "@image.png"], "image.png: .*utf-8"),
+    (["--prompt", "@no.txt"], "no.txt: No such"), (["--prompt", "@empty.txt"], r"prompt is \[\]"),
+    ([*WITH_IMAGE, "--strength", 0], "strength is 0"), (WITH_MASK, "mask is given"),
     ([*WITH_IMAGE, *WITH_MASK], "mask is .*64, 56.*64, 64"),
     (["--prompt", os.fsdecode(b"a \xff apple")], "prompt"), (["--negative", os.fsdecode(b"\xc3")], "prompt"),
     (["--out", "missing/out.png"], "missing"), (["--out", "image.png/out.png"], "image.png"),
@@ -588,14 +548,6 @@ def test_out_of_memory(small64, tmp_path):
     assert names(tmp_path) == []
 
 
-def test_image_that_is_not_finite_is_not_saved(run_main, small, tmp_path):
-    tensors = load_file(small)
-    tensors["model.diffusion_model.out.2.weight"] *= 1e38  # still finite
-    save_file(tensors, tmp_path / "wild.safetensors", METADATA)
-    assert "not finite" in error_of(run_main("--weights", "wild.safetensors", "--steps", 2), 1)
-    assert names(tmp_path) == ["wild.safetensors"]
-
-
 def test_full_disk(run_sd, small64, tmp_path):
     """A limit on the size of a file, smaller than the image's, stands in for it."""
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # noqa: E731
@@ -631,6 +583,8 @@ def test_images_that_cannot_be_used(run_main, tmp_path):
         "empty.png": b"", "text.png": b"not an image", "corrupt.png": whole[:60] + bytes(200) + whole[260:],
         "bomb.png": png(50_000, 50_000, 1, 0, b"\0"),
         "smaller bomb.png": png(10_000, 10_000, 1, 0, bytes(1251 * 10_000)),
+        "large.png": png(10_000, 5001, 1, 0, bytes(1251 * 5001)), "image.eps": encoded(photo, "EPS"),
+        "an EPS.png": encoded(photo, "EPS"), "a PPM.png": encoded(photo, "PPM"),
         "animated.gif": encoded(photo, "GIF", **animation),
         "animated.png": encoded(photo, "PNG", **animation),
         "animated.webp": encoded(photo, "WEBP", **animation),
@@ -640,14 +594,22 @@ def test_images_that_cannot_be_used(run_main, tmp_path):
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "folder.png").mkdir()
+    os.mkfifo("pipe.png")
+    assert "pipe.png: it is a pipe" in error_of(run_main("--prompt", "@pipe.png"))
     photo.save("good.png")
     before = names(tmp_path)
     masks = ("missing.png", "animated.gif", "empty.png")
-    cases = [["--image", name] for name in [*files, "folder.png", "missing.png"]]
+    cases = [["--image", name] for name in [*files, "folder.png", "pipe.png", "missing.png"]]
     for words in cases + [["--image", "good.png", "--mask", name] for name in masks]:
         error = error_of(run_main("--weights", "missing.safetensors", *words))
         assert re.search(f"{re.escape(words[-1])}.*; use another one", error), error
     assert names(tmp_path) == before
+
+
+def test_what_pillow_logs_is_not_shown(run_sd, tmp_path):
+    tiff, samples = encoded(photograph(), "TIFF"), struct.pack("<HHIH", 277, 3, 1, 3)  # per pixel
+    (tmp_path / "image.tif").write_bytes(tiff.replace(samples, samples[:-2] + b"\xff\0"))
+    assert "image.tif" in error_of(run_sd("--image", "image.tif"))
 
 
 def test_images_are_converted_to_rgb(small_model, tmp_path):
@@ -696,21 +658,9 @@ def test_images_are_converted_to_rgb(small_model, tmp_path):
 
 
 def test_full_size(run_sd, full, tmp_path):
-    """4.27 GB of weights give a 512x512 image, and in all three layouts the same one, tried at 64x64."""
+    """4.27 GB of weights give a 512x512 image."""
     result = run_sd("--weights", full, "--steps", 1, "--sampler", "dpm++", "--seed", 5)
     assert result.returncode == 0, result.stderr
     assert " 512x512, 1 steps of dpm++, seed 5" in result.stderr
     image = pixels(tmp_path / "out.png")
     assert image.shape == (512, 512, 3) and image.std() > 20
-
-    def generate(weights: Path) -> np.ndarray:
-        [image] = sd.load(weights).generate(PROMPT, steps=1, seed=5, width=64, height=64, progress=False)
-        return pixels(image)
-
-    expected, ckpt, folder = generate(full), tmp_path / "full.ckpt", tmp_path / "full"
-    torch.save({"state_dict": load_file(full), "global_step": 470000}, ckpt)
-    assert (generate(ckpt) == expected).all()
-    ckpt.unlink()
-    make_checkpoint.reference_pipeline(full, folder).save_pretrained(folder)
-    assert (generate(folder) == expected).all()
-    shutil.rmtree(folder)

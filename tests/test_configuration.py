@@ -42,15 +42,19 @@ def test_json_round_trip(change):
 
 
 BAD_VALUES = {
-    "image_size": [0, -8, math.nan], "vocab_size": [0, -1, 513, 10**9], "text_length": [0, 1, -77],
+    "image_size": [0, -8, math.nan, "100", 64.0, None, True, 1e400, (64,), {}],
+    "vocab_size": [0, -1, 513, 10**9], "text_length": [0, 1, -77],
     "text_dim": [0, -768, 767, "wide"], "text_layers": [0, -1, 10**9], "text_heads": [0, -12, 7],
     "latent_channels": [0, -4], "latent_scale": [0, -0.18215, math.nan, math.inf],
-    "vae_channels": [(), (128, 0), (-32, 128), (math.nan,), (128.0,), (False, 128), (33,), (128,) * 20_000],
+    "vae_channels": [(), (128, 0), (-32, 128), (math.nan,), (128.0,), (False, 128), (33,), (128,) * 20_000, 8,
+        "ab", {8: 1}, None],
     "vae_blocks": [0, -2, 10**9],
     "unet_channels": [(), (320, 320, 320, 0), (320, 320, 320, -32), (320,) * 3 + (324,), (320,) * 20_000],
-    "unet_attention": [(), (True,), (True,) * 5, (True,) * 20_000], "unet_blocks": [0, -2, 10**9],
+    "unet_attention": [(), (True,), (True,) * 5, (True,) * 20_000, (2, 1, 0, 0), (1.0,) * 4, True],
+    "unet_blocks": [0, -2, 10**9],
     "unet_heads": [0, -8, 7], "norm_groups": [0, -32, 31], "timesteps": [0, -1000, 10**9],
-    "beta_start": [0, -0.1, 1e-300, 0.013, math.nan], "beta_end": [0.0008, 1, 2, math.nan],
+    "beta_start": [0, -0.1, 1e-300, 0.013, math.nan], "beta_end": [0.0008, 0.021, 1, 2, math.nan],
+    "vocabulary": [5, True, "ab", None, {"a": 1}, ["a", 1]],
     "prediction": ["sample", "", None, 1, ["epsilon"]],
 }  # fmt: skip
 

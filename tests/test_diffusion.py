@@ -90,12 +90,6 @@ def largest_error(ours: sd.DDIM, theirs, timesteps: list[int], dtype: torch.dtyp
 # -------------------------------------------------------------------------------------------- forward process
 
 
-def test_noise_schedule_matches_diffusers():
-    ours = sd.noise_schedule(CONFIG)
-    assert ours.dtype == torch.float64 and ours.shape == (1000,)
-    assert relative_error(ours.float(), reference("ddpm", 1, exact=False).alphas_cumprod) < 1e-6
-
-
 @pytest.mark.parametrize("timesteps, beta_start, beta_end", [(1000, 0.00085, 0.012), (100, 0.001, 0.2)])
 def test_noise_schedule_matches_its_formula(timesteps, beta_start, beta_end):
     schedule = sd.noise_schedule(sd.Config(timesteps=timesteps, beta_start=beta_start, beta_end=beta_end))
@@ -114,16 +108,6 @@ def test_add_noise_is_the_chain_of_single_steps():
         mean, variance = (1 - beta).sqrt() * mean, (1 - beta) * variance + beta
         assert_close(sd.add_noise(one, zero, a_t), mean, 1e-12)
         assert_close(sd.add_noise(zero, one, a_t) ** 2, variance, 1e-12)
-
-
-@pytest.mark.parametrize("t", [0, 1, 250, 500, 999])
-def test_add_noise_statistics(t):
-    """Mean and variance over a million samples, within five standard errors."""
-    n, x0, a_t = 10**6, 1.7, sd.noise_schedule(CONFIG)[t]
-    samples = sd.add_noise(torch.full((n,), x0), normal(t, n, dtype=torch.float32), a_t).double()
-    mean, variance = a_t.sqrt() * x0, 1 - a_t
-    assert abs(samples.mean() - mean) < 5 * (variance / n).sqrt()
-    assert abs(samples.var() - variance) < 5 * variance * math.sqrt(2 / n)
 
 
 def test_add_noise_matches_diffusers():

@@ -83,13 +83,8 @@ def test_options_are_all_there(run_sd):
 
 
 def test_line_counts_of_the_sections():
-    starts = [(int(number), line) for line, number in enumerate_sections()] + [(11, CODE.count("\n") + 1)]
+    banners = enumerate((re.match(r"# -+ (\d+) ", line) for line in CODE.splitlines()), 1)
+    starts = [(int(match[1]), line) for line, match in banners if match] + [(11, CODE.count("\n") + 1)]
     counts = {number: end - start for (number, start), (_, end) in pairwise(starts)}
     table = re.findall(r"^\| (\d+) [\w ]+ \| (\d+) \|", README, re.M)
     assert {int(number): int(lines) for number, lines in table} == counts
-
-
-def enumerate_sections() -> list[tuple[int, str]]:
-    """The line and the number of each section's banner."""
-    banners = [re.match(r"# -+ (\d+) ", line) for line in CODE.splitlines()]
-    return [(line, match[1]) for line, match in enumerate(banners, 1) if match]

@@ -244,8 +244,3 @@ def test_words_are_dropped_only_from_texts_that_are_too_long():
     tokens = [len(ids) - 2 for ids in library()(texts).input_ids]
     assert min(tokens) == 0 and max(tokens) > 75
     assert [bool(tokenizer().dropped(text)) for text in texts] == [count > 75 for count in tokens]
-
-
-def test_short_length():
-    assert tokenizer(5)("a photo of a cat") == [49406, 320, 1125, 539, 49407]
-    assert tokenizer(5).dropped("a photo of a cat") == ["a", "cat"]
