@@ -913,7 +913,8 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_safetensors(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors and metadata of a .safetensors file: the header's length (8 bytes), the header, the tensors."""
     start = 8 + int.from_bytes(data[:8], "little")
-    text = data[8:start].decode() if start <= 5_000_000 else ""  # real ones are much smaller
+    check("its header", f"of {start} bytes", start <= 5_000_000, "of at most 5 million")
+    text = data[8:start].decode()
     header = json.loads(text, object_pairs_hook=unique)
     json.dumps(header, ensure_ascii=False).encode()  # refuses broken UTF-16
     numbers = re.sub('"[^"]*"', "", re.sub(r"\\.", "", text))  # what is outside of strings
@@ -944,7 +945,8 @@ def atomic_write(path: Path, overwrite: bool = True) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        overwrite or path.touch(exist_ok=False)  # raises FileExistsError; some disks have no hard links
+        if not overwrite:
+            path.touch(exist_ok=False)  # raises FileExistsError; not a hard link: some disks have none
         os.replace(temporary, path)
     except OSError as error:
         raise type(error)(f"{path}: {one_line(error)}; make room, or save elsewhere") from error
@@ -959,9 +961,7 @@ class Placeholder:
 
 
 # What PyTorch's unpickler allows, though its numbers are not in the file, are complex or quantized.
-MAKERS = (
-    r"GLOBAL (\w+.bytearray|torch.(.*Tensor$|storage.|Complex|Q|_utils._rebuild_(?!tensor_v2$|parameter)))"
-)
+MAKERS = r"GLOBAL (\w+.bytearray|torch.(.*Tensor$|storage.|Complex|Q|_utils._rebuild_(?!tensor_v2$|param)))"
 
 
 def check_pickle(file: Any) -> None:
