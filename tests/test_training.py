@@ -1084,8 +1084,8 @@ def test_two_processes_train_as_one(data, held_out, vae, tmp_path):
 
 
 def test_two_processes_stop_and_one_resumes(data, vae, tmp_path):
-    """After one SIGTERM, as torchrun passes it on."""
-    options = {"data": data, "part": "vae", "init": vae, "lr": 1e-2, "warmup": 5, "save_every": 5}
+    """After one SIGTERM, as torchrun passes it on; in the warm-up, where rates do not depend on --steps."""
+    options = {"data": data, "part": "vae", "init": vae, "lr": 0.1, "warmup": 100, "save_every": 5}
     out, whole = tmp_path / "a.safetensors", tmp_path / "whole.safetensors"
     process = start(**options, batch_size=1, out=out, launcher=TORCHRUN)
     status, rest = signal_after_save(process, 5, signal.SIGTERM)
@@ -1097,7 +1097,7 @@ def test_two_processes_stop_and_one_resumes(data, vae, tmp_path):
     for path in (out, whole):
         options |= {"batch_size": 2, "steps": steps + 2, "out": path, "resume": path == out}
         run_here(**options, status=0)
-    assert table(out)[0] == pytest.approx(table(whole)[0], rel=1e-3)
+    assert table(out)[0] == pytest.approx(table(whole)[0], rel=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------- mistakes
