@@ -22,8 +22,9 @@ setup: .venv/run .venv/test
 run: .venv/run
 	$(PYTHON) sd.py --prompt "$$PROMPT" $(ARGS)
 
+# In two processes, whose threads do not spin while they wait: they would take the other's core.
 test: .venv/test
-	$(PYTHON) -m pytest tests -m "not long"
+	GOMP_SPINCOUNT=0 $(PYTHON) -m pytest tests -m "not long" -n 2 --dist loadfile
 
 test-long: .venv/test
 	$(PYTHON) -m pytest tests -m long

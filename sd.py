@@ -614,9 +614,8 @@ def open_image(file: Any, background: str = "white") -> Image.Image:
         kinds = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")  # an EPS would run a program
         image = file if isinstance(file, Image.Image) else Image.open(os.path.expanduser(file), "r", kinds)
         check("it", f"of {image.size} pixels", image.width * image.height <= 5e7, "at most 50 million")
-        check(
-            "it", "animated", image.format == "MPO" or not getattr(image, "is_animated", False), "one image"
-        )
+        animated = getattr(image, "is_animated", False) and image.format != "MPO"  # a JPEG with previews
+        check("it", "animated", not animated, "one image")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow would clip at 255
             pixels = np.asarray(image).astype(np.int32).clip(0, 65535)

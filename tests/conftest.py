@@ -1,10 +1,15 @@
 """What several tests share: random checkpoints, made once, and the command line as a user runs it."""
 
+import fcntl
 import os
+import pty
+import re
 import resource
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,8 +21,10 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import make_checkpoint  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 
 import sd  # noqa: E402
 
@@ -79,6 +86,40 @@ def run_sd(tmp_path):
     return run
 
 
+@pytest.fixture
+def terminal():
+    """Our side of a new terminal of 80 columns, and the side of a process that runs in it."""
+    ours, its = pty.openpty()
+    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    yield ours, its
+    os.close(ours)
+
+
+def read_until(terminal: int, pattern: bytes) -> bytes:
+    """What a process writes to its terminal until `pattern` shows up or, without one, until it ends."""
+    text = b""
+    while not (pattern and re.search(pattern, text)):
+        try:
+            text += os.read(terminal, 1 << 16)
+        except OSError:  # the other side is closed
+            break
+    return text
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def photograph(width: int = 64, height: int = 64) -> Image.Image:
+    """An image with smooth colors, no two regions alike, so that wrong resizing and cropping show."""
+    colors = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def pixels(image: Image.Image | Path) -> np.ndarray:
+    return np.asarray(image if isinstance(image, Image.Image) else Image.open(image)).astype(int)
+
+
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """The largest difference over the output's largest magnitude."""
     assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
@@ -90,8 +131,19 @@ MEASURED: dict[str, float] = {}
 
 def measured(figure: str, value: float) -> float:
     """`value`, the largest of which, for each figure, is printed when the tests are through."""
-    MEASURED[figure] = max(value, MEASURED.get(figure, value))
+    MEASURED[figure] = float(max(value, MEASURED.get(figure, value)))
     return value
+
+
+def pytest_sessionfinish(session):
+    if hasattr(session.config, "workeroutput"):  # of pytest-xdist, which runs the tests in several processes
+        session.config.workeroutput["measured"] = MEASURED
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for figure, value in getattr(node, "workeroutput", {"measured": {}})["measured"].items():
+        measured(figure, value)
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -1,10 +1,8 @@
 """Section 10: options, the images that are written and what they hold, one line for every mistake."""
 
-import fcntl
 import io
 import json
 import os
-import pty
 import re
 import resource
 import shutil
@@ -12,7 +10,6 @@ import signal
 import struct
 import subprocess
 import sys
-import termios
 import zlib
 from pathlib import Path
 
@@ -20,7 +17,7 @@ import make_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, photograph, pixels, read_until
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -98,15 +95,6 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def pixels(image: Image.Image | Path) -> np.ndarray:
-    return np.asarray(image if isinstance(image, Image.Image) else Image.open(image)).astype(int)
-
-
-def photograph(width: int = 64, height: int = 64) -> Image.Image:
-    colors = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
-
-
 # ---------------------------------------------------------------------------------------------------- options
 
 
@@ -176,8 +164,8 @@ def test_compile_gives_the_same_image(run_sd, small, small_model, tmp_path):
     assert abs(pixels(tmp_path / "out.png") - pixels(expected)).max() <= 1
 
 
+@pytest.mark.long
 def test_compile_without_a_compiler(run_sd, tiny, tmp_path):
-    """Shows that the UNet would be compiled, without the time that this takes."""
     environment = ONE_THREAD | {"CXX": "/nonexistent", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     environment["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     result = run_sd("--weights", tiny, "--compile", "--steps", 1, env=environment)
@@ -394,26 +382,6 @@ def test_simultaneous_processes(start_sd, small64, tmp_path):
     for i, mine in enumerate(claimed):
         settings = [parse_parameters(Image.open(tmp_path / name).info["parameters"])[2] for name in mine]
         assert [int(each["Seed"]) for each in settings] == [10 * i + j for j in range(4)]
-
-
-@pytest.fixture
-def terminal():
-    """Our side of a new terminal of 80 columns, and the side of a process that runs in it."""
-    ours, its = pty.openpty()
-    fcntl.ioctl(its, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    yield ours, its
-    os.close(ours)
-
-
-def read_until(terminal: int, pattern: bytes) -> bytes:
-    """What a process writes to its terminal until `pattern` shows up or, without one, until it ends."""
-    text = b""
-    while not (pattern and re.search(pattern, text)):
-        try:
-            text += os.read(terminal, 1 << 16)
-        except OSError:  # the other side is closed
-            break
-    return text
 
 
 def test_progress_bar_on_a_terminal(start_sd, small64, terminal):
@@ -657,6 +625,7 @@ def test_images_are_converted_to_rgb(small_model, tmp_path):
 # -------------------------------------------------------------------------------------------------- full size
 
 
+@pytest.mark.long
 def test_full_size(run_sd, full, tmp_path):
     """4.27 GB of weights give a 512x512 image."""
     result = run_sd("--weights", full, "--steps", 1, "--sampler", "dpm++", "--seed", 5)

@@ -14,7 +14,7 @@ import make_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import measured, relative_error
+from conftest import measured, photograph, pixels, relative_error, seeded
 from PIL import Image
 
 import sd
@@ -38,25 +38,11 @@ def reference(small, tmp_path_factory):
     return make_checkpoint.reference_pipeline(small, tmp_path_factory.mktemp("configs"), small=True)
 
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def photograph(width: int = 64, height: int = 64) -> Image.Image:
-    """An image with smooth colors, no two regions alike, so that wrong resizing and cropping show."""
-    colors = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def mask_of(size: tuple[int, int], *box: int) -> Image.Image:
     """A mask that is white in `box` (left, top, right, bottom), black without one."""
     mask = Image.new("L", size, 0)
     mask.paste(255, box or (0, 0, 0, 0))
     return mask
-
-
-def pixels(image: Image.Image) -> np.ndarray:
-    return np.asarray(image).astype(int)
 
 
 def difference(one: Image.Image, other: Image.Image) -> int:
@@ -114,8 +100,8 @@ def test_generate_matches_diffusers(small_model, reference, sampler, settings):
 
 @pytest.mark.parametrize("sampler", SCHEDULERS)
 @pytest.mark.parametrize("settings", [
-    {"width": 64, "height": 64, "steps": 20}, {"width": 64, "height": 72, "steps": 5, "guidance": 1.0},
-    {"image": photograph(72, 56), "steps": 12, "strength": 0.5},
+    {"width": 64, "height": 64, "steps": 5}, {"width": 64, "height": 72, "steps": 5, "guidance": 1.0},
+    {"image": photograph(72, 56), "steps": 8, "strength": 0.5},
 ])  # fmt: skip
 def test_v_prediction_matches_diffusers(small_model, reference, sampler, settings):
     model = copy.copy(small_model)
@@ -510,7 +496,7 @@ def test_a_thousand_images_take_no_more_memory_than_a_hundred(small_model):
         pages.append(int(Path("/proc/self/statm").read_text().split()[1]))
         descriptors.append(len(os.listdir("/proc/self/fd")))
     assert (pages[-1] - pages[99]) * os.sysconf("SC_PAGE_SIZE") < 20e6
-    assert descriptors[-1] == descriptors[99]
+    assert descriptors[-1] <= descriptors[99]
 
 
 def test_model_of_another_size(tmp_path):
