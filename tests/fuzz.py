@@ -34,30 +34,27 @@ from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 
+import make_checkpoint
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file
-from tqdm.auto import tqdm
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-import make_checkpoint  # noqa: E402
-from test_checkpoints import (  # noqa: E402
+from test_checkpoints import (
     SAVE,
     TINY,
     TINY_FOLDER,
     assert_same,
     attacks,
+    pickle_ends,
     random_model,
     write_pickle,
 )
+from tqdm.auto import tqdm
 
-import sd  # noqa: E402
-from weights import train  # noqa: E402
+import sd
+from weights import train
 
 FORBIDDEN = re.compile(
     r"os\.(system|exec|posix_spawn|spawn|fork|mkdir|remove|rename|rmdir|link|symlink|chmod|putenv)|exec|compile"
@@ -183,11 +180,8 @@ def damage(path: Path, rng: random.Random) -> None:
     elif content[:2] == b"PK":
         damage_zip(path, rng)
         content = path.read_bytes()
-    else:  # a legacy file, whose fourth pickle is the one with the tensors
-        file, ends = io.BytesIO(content), [0]
-        for _ in range(5):
-            list(pickletools.genops(file))
-            ends.append(file.tell())
+    else:  # a legacy file
+        ends = [0, *pickle_ends(content)]
         i = rng.choice([0, 1, 2, 3, 3, 3, 3, 4])
         code = damage_pickle(content[ends[i] : ends[i + 1]], rng)
         content = content[: ends[i]] + code + content[ends[i + 1] :]

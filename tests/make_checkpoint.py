@@ -12,7 +12,9 @@ import argparse
 import json
 import math
 import sys
+import tempfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,17 +41,12 @@ def random_tensors(
     small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0
 ) -> dict[str, torch.Tensor]:
     """A tensor for each name: no bias at zero, no norm at identity, and signals that keep their size."""
-    generator = torch.Generator().manual_seed(seed)
-    roots = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64)
-    schedule = (1 - roots**2).cumprod(0).float()
-    tensors = {}
+    generator, tensors = torch.Generator().manual_seed(seed), {}
     for name, shape, saved in layout(small):
         if saved == "I64":
             tensors[name] = torch.arange(math.prod(shape)).view(shape)  # position_ids
-        elif "." not in name:
-            tensors[name] = schedule.clone()  # stands for every buffer of the schedule
-        elif not shape:
-            tensors[name] = torch.ones((), dtype=SAVED_DTYPES[saved])
+        elif "." not in name or not shape:  # the noise schedule, and counts; sd.py needs neither
+            tensors[name] = torch.ones(shape, dtype=SAVED_DTYPES[saved])
         else:
             tensor = torch.empty(shape).normal_(generator=generator)
             if len(shape) > 1 and "embedding" not in name:
@@ -60,25 +57,16 @@ def random_tensors(
     return tensors
 
 
-SMALL = {
+SMALL = {  # what tells sd.py that a checkpoint has not Stable Diffusion v1's sizes
     "text_dim": 64, "text_heads": 1, "vae_channels": [32, 64, 128, 128], "unet_channels": [32, 64, 128, 128],
 }  # fmt: skip
 
 
-def metadata(small: bool = False) -> dict[str, str]:
-    """What tells sd.py that a checkpoint has not Stable Diffusion v1's sizes."""
-    return {"sd.py": json.dumps(SMALL)} if small else {}
-
-
 def configs(small: bool = False) -> dict[str, dict]:
     """The config.json of each part of the diffusers folder, as the released SD v1.5 has them."""
-    unet = [32, 64, 128, 128] if small else [320, 640, 1280, 1280]
-    vae = [32, 64, 128, 128] if small else [128, 256, 512, 512]
-    text = 64 if small else 768
-    scheduler = {
-        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "trained_betas": None,
-        "num_train_timesteps": 1000, "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
-    }  # fmt: skip
+    unet = SMALL["unet_channels"] if small else [320, 640, 1280, 1280]
+    vae = SMALL["vae_channels"] if small else [128, 256, 512, 512]
+    text = SMALL["text_dim"] if small else 768
     return {
         "unet": {
             "_class_name": "UNet2DConditionModel", "in_channels": 4, "out_channels": 4, "sample_size": 64,
@@ -100,7 +88,11 @@ def configs(small: bool = False) -> dict[str, dict]:
             "projection_dim": text,
             "bos_token_id": 49406, "eos_token_id": 49407, "pad_token_id": 1, "layer_norm_eps": 1e-5,
         },
-        "scheduler": {"_class_name": "PNDMScheduler", "skip_prk_steps": True, **scheduler},
+        "scheduler": {
+            "_class_name": "PNDMScheduler", "skip_prk_steps": True, "beta_start": 0.00085, "beta_end": 0.012,
+            "beta_schedule": "scaled_linear", "trained_betas": None, "num_train_timesteps": 1000,
+            "steps_offset": 1, "set_alpha_to_one": False, "clip_sample": False,
+        },
     }  # fmt: skip
 
 
@@ -109,26 +101,27 @@ def write_configs(folder: Path, small: bool = False, changes: dict[str, dict] | 
     sys.path.insert(0, str(HERE.parent))
     import sd
 
-    index = {
-        "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0",
-        "feature_extractor": [None, None], "safety_checker": [None, None], "requires_safety_checker": False,
-        "scheduler": ["diffusers", "PNDMScheduler"],
-        "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
-        "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+    files = {
+        "model_index.json": {
+            "_class_name": "StableDiffusionPipeline", "_diffusers_version": "0.6.0",
+            "feature_extractor": [None, None], "safety_checker": [None, None],
+            "requires_safety_checker": False, "scheduler": ["diffusers", "PNDMScheduler"],
+            "text_encoder": ["transformers", "CLIPTextModel"], "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"],
+        },
+        "tokenizer/vocab.json": sd.Tokenizer().ids,
+        "tokenizer/tokenizer_config.json": {
+            "tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>",
+        },
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
     for part, config in configs(small).items():
-        (folder / part).mkdir(exist_ok=True)
         name = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (folder / part / name).write_text(json.dumps(config | (changes or {}).get(part, {}), indent=2))
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir(exist_ok=True)
+        files[f"{part}/{name}"] = config | (changes or {}).get(part, {})
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(content, indent=2))
     merges = (HERE.parent / "tokenizer_vocab" / "merges.txt").read_text(encoding="utf-8")
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
-    (tokenizer / "vocab.json").write_text(json.dumps(sd.Tokenizer().ids), encoding="utf-8")
-    settings = {"tokenizer_class": "CLIPTokenizer", "model_max_length": 77, "pad_token": "<|endoftext|>"}
-    (tokenizer / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
 
 
 def reference_pipeline(
@@ -146,87 +139,77 @@ def reference_pipeline(
     return pipeline
 
 
-def write(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-    """Writes a random checkpoint as `path`: .safetensors, .ckpt, or a diffusers folder."""
-    tensors = random_tensors(small, dtype, seed)
+def write(
+    path: Path, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, vae: bool = False
+) -> None:
+    """Writes a random checkpoint, or its VAE alone, as .safetensors, .ckpt, or else a diffusers folder."""
+    if path.suffix not in (".safetensors", ".ckpt"):
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            whole = Path(folder, "whole.safetensors")
+            write(whole, small, dtype, seed)
+            pipeline = reference_pipeline(whole, Path(folder), small, dtype)
+            return (pipeline.vae if vae else pipeline).save_pretrained(path)
+    tensors, prefix = random_tensors(small, dtype, seed), "first_stage_model."
+    if vae:
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if prefix in name}
+    about = {"sd.py": json.dumps(SMALL)} if small and not vae else {}
     if path.suffix == ".safetensors":
-        save_file(tensors, path, metadata(small))
-    elif path.suffix == ".ckpt":
-        torch.save({"state_dict": tensors, "global_step": 470000} | metadata(small), path)
+        save_file(tensors, path, about)
     else:
-        path.mkdir(parents=True, exist_ok=True)
-        single = path / "single.safetensors"
-        save_file(tensors, single)
-        del tensors
-        reference_pipeline(single, path, small, dtype).save_pretrained(path)
-        single.unlink()
+        torch.save({"state_dict": tensors, "global_step": 470000} | about, path)
 
 
-def write_vae(path: Path, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
-    """Writes a random VAE as `path`: .safetensors or .ckpt with CompVis's names, or a diffusers folder."""
-    prefix = "first_stage_model."
-    tensors = random_tensors(small, dtype, seed)
-    tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if prefix in name}
-    if path.suffix == ".safetensors":
-        save_file(tensors, path)
-    elif path.suffix == ".ckpt":
-        torch.save({"state_dict": tensors}, path)
-    else:
-        from diffusers import AutoencoderKL
+write_vae = partial(write, vae=True)
 
-        path.mkdir(parents=True, exist_ok=True)
-        single = path / "single.safetensors"
-        save_file(tensors, single)
-        (path / "config.json").write_text(json.dumps(configs(small)["vae"]))
-        vae = AutoencoderKL.from_single_file(str(single), config=str(path), local_files_only=True)
-        vae.to(dtype).save_pretrained(path)
-        single.unlink()
+
+def empty_models(small: bool = False) -> dict[str, torch.nn.Module]:
+    """diffusers' UNet and VAE and transformers' text encoder, without their numbers."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    parts = configs(small)
+    with torch.device("meta"):
+        return {
+            "unet": UNet2DConditionModel.from_config(parts["unet"]),
+            "vae": AutoencoderKL.from_config(parts["vae"]),
+            "text_encoder": CLIPTextModel(CLIPTextConfig(**parts["text_encoder"])),
+        }
 
 
 def random_lora(
     layout: str, small: bool = False, dtype: torch.dtype = torch.float32, seed: int = 0, rank: int = 4
 ) -> dict[str, torch.Tensor]:
-    """Random pairs of matrices for each linear layer and convolution of the UNet, as diffusers builds it, and
-    each linear layer of transformers' text encoder: in "kohya"'s layout with alphas, or in "peft"'s."""
-    from diffusers import UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    parts = configs(small)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(parts["unet"])
-        text_encoder = CLIPTextModel(CLIPTextConfig(**parts["text_encoder"]))
-    generator, tensors = torch.Generator().manual_seed(seed), {}
-    for model, peft, kohya in ((unet, "unet.", "lora_unet_"), (text_encoder, "text_encoder.", "lora_te_")):
-        for name, module in model.named_modules():
+    """Random pairs of matrices for each linear layer and convolution of the UNet and the text encoder: in
+    "kohya"'s layout with alphas, or in "peft"'s."""
+    models, generator, tensors = empty_models(small), torch.Generator().manual_seed(seed), {}
+    for part, kohya in (("unet", "lora_unet_"), ("text_encoder", "lora_te_")):
+        for name, module in models[part].named_modules():
             if not isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
                 continue
-            if model is text_encoder:
+            if part == "text_encoder":
                 name = "text_model." + name.removeprefix("text_model.")  # transformers 5 is without it
             out, *inner = module.weight.shape  # (out, in) or (out, in, height, width)
             down = torch.randn(rank, *inner, generator=generator) / math.sqrt(math.prod(inner))
             up = torch.randn(out, rank, *[1 for _ in inner[1:]], generator=generator) * 0.1
             if layout == "kohya":
-                name = kohya + name.replace(".", "_")
-                tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = down, up
-                tensors[f"{name}.alpha"] = torch.tensor(rank / 2)
+                name, ends = kohya + name.replace(".", "_"), ("lora_down", "lora_up")
+                tensors[f"{name}.alpha"] = torch.tensor(rank / 2, dtype=torch.float16)  # as kohya's scripts
             else:
-                tensors[f"{peft}{name}.lora_A.weight"], tensors[f"{peft}{name}.lora_B.weight"] = down, up
-    return {name: tensor.to(dtype) for name, tensor in tensors.items()}
+                name, ends = f"{part}.{name}", ("lora_A", "lora_B")
+            tensors |= {f"{name}.{end}.weight": x.to(dtype) for end, x in zip(ends, (down, up))}
+    return tensors
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "path", type=Path, help="file ending in .safetensors or .ckpt, or a folder for diffusers' layout"
-    )
+    parser.add_argument("path", type=Path, help="a .safetensors, a .ckpt, or a folder for diffusers' layout")
     parser.add_argument("--kind", choices=["checkpoint", "vae", "kohya", "peft"], default="checkpoint")
     parser.add_argument("--small", action="store_true", help="narrow layers, under 100 MB")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    if args.kind == "checkpoint":
-        write(args.path, args.small, DTYPES[args.dtype], args.seed)
-    elif args.kind == "vae":
-        write_vae(args.path, args.small, DTYPES[args.dtype], args.seed)
+    options = args.small, DTYPES[args.dtype], args.seed
+    if args.kind in ("checkpoint", "vae"):
+        write(args.path, *options, vae=args.kind == "vae")
     else:
-        save_file(random_lora(args.kind, args.small, DTYPES[args.dtype], args.seed), args.path)
+        save_file(random_lora(args.kind, *options), args.path)

@@ -1,10 +1,8 @@
 """Files that are no checkpoint, damaged ones and other models': each is refused in one line, and quickly."""
 
-import io
 import json
 import os
 import pickle
-import pickletools
 import random
 import re
 import resource
@@ -19,38 +17,21 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import test_checkpoints
 import torch
 from conftest import ROOT, limit
-from diffusers import AutoencoderKL, ControlNetModel, UNet2DConditionModel
-from PIL import Image
+from diffusers import ControlNetModel
 from safetensors.torch import load_file, save_file
-from test_checkpoints import (
-    SAVE,
-    SAVE_BARE,
-    TINY,
-    Call,
-    random_model,
-    refusal,
-    save_compressed,
-    write_pickle,
-)
-from transformers import CLIPTextConfig, CLIPTextModel
+from test_checkpoints import PICKLES, SAVE, SAVE_BARE, TINY, Call, refusal, without, write_pickle
 
 import sd
 
 UNET, VAE, CLIP = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer."
 
 
-@pytest.fixture(scope="module")
-def tensors(tmp_path_factory) -> dict[str, torch.Tensor]:
-    """Those of a tiny checkpoint under CompVis's names."""
-    path = tmp_path_factory.mktemp("good") / "model.safetensors"
-    sd.save(random_model(TINY), path)
-    return load_file(path)
-
-
-def without(tensors, pattern: str) -> dict[str, torch.Tensor]:
-    return {name: value for name, value in tensors.items() if not re.match(pattern, name)}
+# Fixtures: a good checkpoint, the same in diffusers' layout, a copy of that, and its tensors.
+tiny, tiny_folder = test_checkpoints.tiny, test_checkpoints.tiny_folder
+folder, tensors = test_checkpoints.folder, test_checkpoints.tensors
 
 
 def only(tensors, prefix: str) -> dict[str, torch.Tensor]:
@@ -76,8 +57,6 @@ NO_CHECKPOINTS = {
     "Git LFS pointer": (lambda path, t: path.write_text(POINTER), "Git LFS pointer.*git lfs pull"),
     "web page": (lambda path, t: path.write_text(PAGE), "web page"),
     "text": (lambda path, t: path.write_text("These are the weights that you wanted.\n" * 100), AGAIN),
-    "JSON": (lambda path, t: path.write_text('{"error": "Access is restricted", "x": [1]}'), AGAIN),
-    "image": (lambda path, t: Image.new("RGB", (64, 64), "red").save(path, "png"), AGAIN),
     "random bytes": (lambda path, t: path.write_bytes(random.Random(0).randbytes(100_000)), AGAIN),
     "another zip": (write_zip, AGAIN),
     "list": (lambda path, t: torch.save([t[OUT]], path), AGAIN),
@@ -92,7 +71,13 @@ NO_CHECKPOINTS = {
     "transposed tensor": (
         lambda path, t: SAVE["zip"](t | {CONTEXT: t[CONTEXT].mT}, path), r"\(32, 8\).*\(8, 32\)"
     ),
-    "number for a name": (lambda path, t: torch.save({1: t[OUT]}, path), AGAIN),
+    "number for a name": (
+        lambda path, t: SAVE["zip"](t | {7: t[OUT]}, path), "a name is 7 and must be a short string"
+    ),
+    "long name": (
+        lambda path, t: save_file(t | {"attn2.to_k." * 10_000: torch.zeros(2, 2)}, path),
+        "must be a short string",
+    ),
     "code for a tensor": (lambda path, t: SAVE["zip"](t | {QUANT: Call(os.mkdir, "trace")}, path), "posix"),
     "call for a tensor": (lambda path, t: SAVE["zip"](t | {QUANT: Call(eval, "1")}, path), QUANT),
     "number for a tensor": (lambda path, t: SAVE["zip"](t | {QUANT: 3}, path), QUANT),
@@ -132,6 +117,7 @@ FAMILIES = [
     ("Stable Diffusion 2", lambda t: t | {CONTEXT: torch.zeros(8, 1024)}),
     ("an inpainting or InstructPix2Pix UNet", lambda t: t | {IN: torch.zeros(8, 9, 3, 3)}),
     ("an inpainting or InstructPix2Pix UNet", lambda t: t | {IN: torch.zeros(8, 8, 3, 3)}),
+    ("a model with zero terminal SNR", lambda t: t | {"ztsnr": torch.empty(0)}),
     ("a VAE", lambda t: only(t, VAE)),
     ("a UNet", lambda t: only(t, UNET)),
     ("a ControlNet", lambda t: {f"control_model.{name}": value for name, value in only(t, UNET).items()}),
@@ -157,32 +143,16 @@ def test_other_models_are_named(family, change, tmp_path, tensors):
 # ----------------------------------------------------------------------------------------- diffusers' folders
 
 
-@pytest.fixture(scope="module")
-def plain_folder(tmp_path_factory) -> Path:
-    """A diffusers folder of few tensors."""
-    path = tmp_path_factory.mktemp("plain")
-    torch.manual_seed(0)
-    text = {"vocab_size": 600, "hidden_size": 64, "intermediate_size": 256, "max_position_embeddings": 77}
-    text |= {"num_hidden_layers": 1, "num_attention_heads": 1, "eos_token_id": 599, "pad_token_id": 599}
-    CLIPTextModel(CLIPTextConfig(**text)).save_pretrained(path / "text_encoder")
-    AutoencoderKL(block_out_channels=(32,), latent_channels=4).save_pretrained(path / "vae")
-    write_unet(path, block_out_channels=(32,), cross_attention_dim=64)
-    return path
-
-
-def write_unet(folder: Path, **settings) -> None:
-    kinds = ["CrossAttnDownBlock2D"], ["CrossAttnUpBlock2D"]
-    settings = {"block_out_channels": (32,), "layers_per_block": 1, "attention_head_dim": 8} | settings
-    model = UNet2DConditionModel(down_block_types=kinds[0], up_block_types=kinds[1], **settings)
-    model.save_pretrained(folder / "unet")
-
-
-@pytest.fixture
-def folder(plain_folder, tmp_path) -> Path:
-    return shutil.copytree(plain_folder, tmp_path / "sd-v1-5")
-
-
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+TO_K = LAYER.replace("attn1.to_q", "attn2.to_k.weight")
+
+
+def replace_in_unet(folder: Path, name: str, *shape: int) -> None:
+    tensors = load_file(folder / WEIGHTS)
+    assert name in tensors
+    save_file(tensors | {name: torch.zeros(shape)}, folder / WEIGHTS)
+
+
 BAD_FOLDERS = {
     "no files": (lambda path: [file.unlink() for file in path.rglob("*.*")], "text_encoder"),
     "no text encoder": (lambda path: (path / "text_encoder/model.safetensors").unlink(), "text_encoder"),
@@ -191,23 +161,9 @@ BAD_FOLDERS = {
     "half a file": (lambda path: os.truncate(path / WEIGHTS, 100_000), f"unet.*{AGAIN}"),
     "config is no JSON": (lambda path: (path / "vae/config.json").write_text("{'x': 1}"), "vae.*config.json"),
     "heads": (lambda path: (path / "unet/config.json").write_text('{"attention_head_dim": 7}'), "heads"),
-    "XL": (
-        lambda path: write_unet(
-            path, cross_attention_dim=2048, addition_embed_type="text_time", addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=64,
-        ),
-        "Stable Diffusion XL",
-    ),
-    "2": (
-        lambda path: [
-            write_unet(path, cross_attention_dim=1024),
-            (path / "text_encoder/config.json").write_text('{"hidden_size": 1024}'),
-        ],
-        "Stable Diffusion 2",
-    ),
-    "inpainting": (
-        lambda path: write_unet(path, cross_attention_dim=64, in_channels=9), "inpainting"
-    ),
+    "XL": (lambda path: replace_in_unet(path, TO_K, 8, 2048), "Stable Diffusion XL"),
+    "2": (lambda path: replace_in_unet(path, TO_K, 8, 1024), "Stable Diffusion 2"),
+    "inpainting": (lambda path: replace_in_unet(path, "conv_in.weight", 8, 9, 3, 3), "inpainting"),
 }  # fmt: skip
 
 
@@ -219,8 +175,8 @@ def test_folders_that_are_no_checkpoint(change, pattern, folder):
 
 
 @pytest.mark.parametrize("part, word", [("vae", "VAE"), ("unet", "UNet"), ("text_encoder", "whole")])
-def test_a_part_of_a_folder_is_no_checkpoint(part, word, plain_folder):
-    [path] = (plain_folder / part).glob("*.safetensors")
+def test_a_part_of_a_folder_is_no_checkpoint(part, word, tiny_folder):
+    [path] = (tiny_folder / part).glob("*.safetensors")
     assert word in refusal(path)
 
 
@@ -236,21 +192,15 @@ def test_config_json_of_something_else(text, folder):
 def test_bad_tensors_are_counted_and_the_first_three_named(tmp_path, tensors):
     wrong = [name for name in tensors if name.startswith(f"{VAE}encoder.down.1.block")][:8]
     assert len(wrong) == 8
-    kept = {name: value for name, value in tensors.items() if name not in wrong[:6]}
-    SAVE["safetensors"](kept | {name: torch.zeros(5) for name in wrong[6:]}, tmp_path / "model")
-    line = refusal(tmp_path / "model")
-    what = r"is missing|has shape \(5,\) and not \([\d, ]+\)"
-    assert len(re.findall(rf"{VAE}encoder\.down\.1\.\S+ (?:{what})", line)) == 3 and "8 bad" in line
-    kept = {name: value for name, value in tensors.items() if name not in wrong[:3]}
-    SAVE["safetensors"](kept, tmp_path / "model")
-    line = refusal(tmp_path / "model")
-    assert line.count("is missing") == 3 and "3 bad" in line
+    for misshapen, missing in ((wrong[6:], wrong[:6]), ([], wrong[:3])):
+        kept = {name: value for name, value in tensors.items() if name not in missing}
+        SAVE["safetensors"](kept | {name: torch.zeros(5) for name in misshapen}, tmp_path / "model")
+        line, what = refusal(tmp_path / "model"), r"is missing|has shape \(5,\) and not \([\d, ]+\)"
+        assert len(re.findall(rf"{VAE}encoder\.down\.1\.\S+ (?:{what})", line)) == 3
+        assert f"{len(misshapen + missing)} bad" in line
 
 
-@pytest.mark.parametrize("pattern", [
-    VAE, CLIP, f"{VAE}|{CLIP}", f"{CLIP}.*layers", rf"{UNET}\w+put_blocks", rf"{UNET}(?!time_embed)",
-    rf"{UNET}input_blocks\.[1-3]\.", "",
-])  # fmt: skip
+@pytest.mark.parametrize("pattern", [VAE, CLIP, f"{VAE}|{CLIP}", UNET, rf"{UNET}(?!time_embed)", ""])
 def test_a_whole_part_is_missing(pattern, tmp_path, tensors):
     SAVE["safetensors"](without(tensors, pattern), tmp_path / "model")
     assert "missing" in refusal(tmp_path / "model")
@@ -281,15 +231,11 @@ def changed(**change) -> dict:
 
 LIES = {
     "begins in another tensor": changed(shape=[6], data_offsets=[20, 32]),
-    "lies within another tensor": GOOD | {"c": GOOD["b"] | {"data_offsets": [8, 16]}},
-    "lies on another tensor": changed(data_offsets=[0, 8]),
     "leaves a hole": changed(shape=[2], data_offsets=[28, 32]),
     "ends after the file": changed(shape=[8], data_offsets=[24, 40]),
     "ends before the file": changed(shape=[2], data_offsets=[24, 28]),
-    "ends before it begins": changed(data_offsets=[32, 24]),
     "offsets beyond 64 bits": changed(data_offsets=[10**30, 10**30 + 8]),
     "three offsets": changed(data_offsets=[24, 28, 32]),
-    "offsets in text": changed(data_offsets=["24", "32"]),
     "offset of minus nothing": json.dumps(GOOD).replace("[0, 24]", "[-0, 24]").encode(),
     "offset of false": GOOD | {"a": GOOD["a"] | {"data_offsets": [False, 24]}},
     "a name twice": json.dumps(GOOD).replace('"b"', '"a"').encode(),
@@ -297,7 +243,6 @@ LIES = {
     "another field": changed(more=1),
     "UTF-16": json.dumps(GOOD).encode("utf-16-le"),
     "nine sizes": changed(shape=[1] * 8 + [4]),
-    "many huge sizes": changed(shape=[10**18] * 10_000),
     "fractional offsets": changed(data_offsets=[24.0, 32.0]),
     "no offsets": {"a": {"dtype": "F32", "shape": [2, 3]}},
     "larger shape": changed(shape=[5]),
@@ -306,20 +251,14 @@ LIES = {
     "huge shape of nothing": changed(shape=[2**63, 0, 2**63], data_offsets=[24, 24]),
     "shape in text": changed(shape=["4"]),
     "shape is a number": changed(shape=4),
-    "fractional shape": changed(shape=[4.0]),
-    "nested shape": changed(shape=[[4]]),
     "another dtype of the size": GOOD | {"b": GOOD["b"] | {"dtype": "F64"}},
     "unknown dtype": changed(dtype="F12"),
     "dtype is a list": changed(dtype=["F16"]),
     "an entry is a list": GOOD | {"b": [24, 32]},
-    "an entry is empty": GOOD | {"b": {}},
-    "metadata is a list": GOOD | {"__metadata__": ["sd.py"]},
-    "metadata holds a number": GOOD | {"__metadata__": {"sd.py": 1}},
+    "metadata holds a number": GOOD | {"__metadata__": {"format": 1}},
     "header is a list": b"{]",
-    "header is not JSON": b"{'a': 1}",
     "header is not text": b"{\xff\xfe\xfd}",
     "header is cut": json.dumps(GOOD).encode()[:-1],
-    "header has more after it": json.dumps(GOOD).encode() + b"}",
     "header is deep and whole": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "header holds a huge number": b'{"a":' + b"9" * 10_000 + b"}",
     "header is of no tensors": b"{}",
@@ -414,36 +353,22 @@ GREEDY_PICKLES = [
 ]
 
 
-def write_bomb(path: Path) -> None:
-    """A file of a kilobyte whose pickle has a quarter of a gigabyte."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_BZIP2) as archive:
-        with archive.open("archive/data.pkl", "w") as file:
-            file.write(b"\x80\x02X" + struct.pack("<I", 2**28))
-            for _ in range(256):
-                file.write(bytes(2**20))
-            file.write(b".")
-        archive.writestr("archive/version", "3\n")
+NOT_NUMBERS = "of the file's numbers"
+WITH_OLD_STATE = Call(torch.Tensor, state=(torch.ones(4).storage(), 0, (4096,), (1,)))
 
 
-@pytest.mark.parametrize("tensor, message", [
+@pytest.mark.parametrize("value, message", [
     (torch.zeros(1).expand(2**20, 2**13), "size of its tensors is"),
     (torch.eye(3).to_sparse(), "_rebuild_sparse_tensor"), (torch.empty(3, device="meta"), "_rebuild_meta"),
     (torch.ones(3, dtype=torch.complex64), "ComplexFloatStorage"),
     (torch.quantize_per_tensor(torch.ones(3), 1.0, 0, torch.qint8), "_rebuild_qtensor|QInt8Storage"),
+    (Call(torch.Tensor, 8, 8), NOT_NUMBERS), (Call(torch.FloatTensor, 8, 8), NOT_NUMBERS),
+    (Call(torch.UntypedStorage, 64), NOT_NUMBERS), (WITH_OLD_STATE, NOT_NUMBERS),
 ])  # fmt: skip
-def test_tensors_that_are_not_in_the_file_are_refused(tensor, message, tmp_path, tensors):
-    SAVE["zip"](tensors | {"model_ema.decay": tensor}, tmp_path / "model.ckpt")
+@PICKLES
+def test_tensors_that_are_not_in_the_file_are_refused(kind, value, message, tmp_path, tensors):
+    SAVE[kind](tensors | {"model_ema.decay": value}, tmp_path / "model.ckpt")
     assert re.search(message, refusal(tmp_path / "model.ckpt"))
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy"])
-def test_calls_that_make_tensors_are_refused(kind, tmp_path, tensors):
-    for call in (
-        Call(torch.Tensor, 8, 8), Call(torch.FloatTensor, 8, 8), Call(torch.UntypedStorage, 64),
-        Call(torch.Tensor, state=(torch.ones(4).storage(), 0, (4096,), (1,))),
-    ):  # fmt: skip
-        SAVE[kind](tensors | {"model_ema.decay": call}, tmp_path / "model.ckpt")
-        assert "of the file's numbers" in refusal(tmp_path / "model.ckpt")
 
 
 @pytest.mark.parametrize("call", [
@@ -458,17 +383,14 @@ def test_names_of_what_makes_numbers_are_refused(kind, call, tmp_path):
     write_pickle(path, b"\x80\x02" + call + b"K\x08\x85R.", "legacy" if kind == "legacy" else "zip")
     if kind == "DATA.PKL":
         path.write_bytes(path.read_bytes().replace(b"data.pkl", b"DATA.PKL"))
-    assert "of the file's numbers" in refusal(path)
+    assert NOT_NUMBERS in refusal(path)
 
 
 def test_numbers_of_old_files_are_all_read(tmp_path, tensors):
     """Their last pickle, a list of what is read, may be damaged; memory that is not read has any content."""
     SAVE["legacy"](tensors, tmp_path / "model.ckpt")
     content = (tmp_path / "model.ckpt").read_bytes()
-    file, ends = io.BytesIO(content), []
-    for _ in range(5):
-        list(pickletools.genops(file))
-        ends.append(file.tell())
+    ends = test_checkpoints.pickle_ends(content)
     keys = pickle.loads(content[ends[3] : ends[4]])
     for some in (keys[:-1], keys[1:], []):
         for numbers in (content[ends[4] :], b""):
@@ -485,7 +407,7 @@ def test_tensors_do_not_outgrow_their_numbers(kind, tmp_path, tensors):
         warnings.simplefilter("ignore")  # of old ways to store tensors
         parts = small.storage(), 0, tuple(weight.shape), weight.stride()
     build = torch._utils._rebuild_tensor_v2, parts[0], 0, (4,), (1,), False, OrderedDict()
-    save = save_compressed if kind == "compressed" else SAVE[kind]
+    save = test_checkpoints.save_compressed if kind == "compressed" else SAVE[kind]
     save(tensors | {name: Call(*build, state=parts)}, tmp_path / "model.ckpt")
     assert "resiz" in refusal(tmp_path / "model.ckpt")
 
@@ -503,13 +425,6 @@ def test_a_zip_with_two_directories_is_refused(tmp_path, tensors):
     end = end[:16] + struct.pack("<I", len(body)) + end[20:]
     path.write_bytes(body + directory + b"".join(parts[1][:2]) + end)
     assert "a plain or deflated zip" in refusal(path)
-
-
-def test_names_are_short_strings(tmp_path, tensors):
-    save_file(tensors | {"attn2.to_k." * 10_000: torch.zeros(2, 2)}, tmp_path / "model")
-    assert "must be a short string" in refusal(tmp_path / "model")
-    SAVE["zip"](tensors | {7: torch.zeros(2)}, tmp_path / "model.ckpt")
-    assert "a name is 7 and must be a short string" in refusal(tmp_path / "model.ckpt")
 
 
 LOAD_ALL = """
@@ -535,7 +450,9 @@ def test_small_files_take_little_time_and_memory(tmp_path, tensors):
     for path, code in zip(paths, GREEDY_PICKLES * 2):
         write_pickle(path, code, path.name.split("-")[0])
     paths.append(tmp_path / "bomb.ckpt")
-    write_bomb(paths[-1])
+    with zipfile.ZipFile(paths[-1], "w", zipfile.ZIP_BZIP2) as archive:  # a quarter of a GB in a kilobyte
+        archive.writestr("archive/data.pkl", b"\x80\x02X" + struct.pack("<I", 2**28) + bytes(2**28) + b".")
+        archive.writestr("archive/version", "3\n")
     for i, config in enumerate(GREEDY_CONFIGS):
         paths.append(tmp_path / f"config-{i}")
         save_file(tensors, paths[-1], {"sd.py": json.dumps(asdict(TINY) | config)})

@@ -3,14 +3,16 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 
 import diffusers
 import make_checkpoint
 import pytest
 import torch
-from conftest import measured, relative_error
+from conftest import measured, relative_error, seeded
 from safetensors.torch import load_file, save_file
+from test_checkpoints import assert_same, with_old_attention
 
 import sd
 
@@ -24,10 +26,15 @@ def loras(tmp_path_factory) -> dict[str, Path]:
     folder, paths = tmp_path_factory.mktemp("loras"), {}
     for layout in ("kohya", "peft"):
         for i, rank in enumerate([4, 8]):
-            tensors = make_checkpoint.random_lora(layout, small=True, seed=i, rank=rank)
-            paths[f"{layout}{i}"] = folder / f"{layout}{i}.safetensors"
-            save_file(tensors, paths[f"{layout}{i}"])
+            path = paths[f"{layout}{i}"] = folder / f"{layout}{i}.safetensors"
+            save_file(make_checkpoint.random_lora(layout, small=True, seed=i, rank=rank), path)
     return paths
+
+
+@pytest.fixture(scope="module")
+def merged(small, loras) -> dict[str, torch.Tensor]:
+    """The weights with the first LoRA; in kohya's layout, with half the alpha, it takes twice the scale."""
+    return weights(sd.load(small, loras={loras["peft0"]: 1}))
 
 
 def weights(model: sd.StableDiffusion) -> dict[str, torch.Tensor]:
@@ -97,65 +104,39 @@ def test_alpha_in_pefts_metadata(small, tmp_path, part):
             assert relative_error(ours, theirs[name]) <= 1e-5, name
 
 
-def test_alpha_in_half_precision(small, tmp_path):
-    """As kohya's scripts save it: it is not rounded further."""
-    tensors = make_checkpoint.random_lora("kohya", small=True, rank=3)
-    half = {name: tensor.half() if name.endswith("alpha") else tensor for name, tensor in tensors.items()}
-    for path, content in {tmp_path / "full": tensors, tmp_path / "half": half}.items():
-        save_file(content, path)
-    plain, other = (weights(sd.load(small, loras={tmp_path / name: 0.7})) for name in ("full", "half"))
-    assert all(torch.equal(weight, other[name]) for name, weight in plain.items())
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_dtype_and_layout_are_the_models(small, loras, dtype):
-    model = sd.load(small, dtype=dtype, loras={loras["kohya0"]: 1})
-    exact = weights(sd.load(small, loras={loras["kohya0"]: 1}))
+def test_dtype_and_layout_are_the_models(small, loras, merged, dtype):
+    model = sd.load(small, dtype=dtype, loras={loras["kohya0"]: 2})
     for name, ours in weights(model).items():
         layout = torch.channels_last if ours.ndim == 4 else torch.contiguous_format
         assert ours.dtype == dtype and ours.is_contiguous(memory_format=layout), name
-        assert relative_error(ours.float(), exact[name]) < 2 * torch.finfo(dtype).eps, name
+        assert relative_error(ours.float(), merged[name]) < 2 * torch.finfo(dtype).eps, name
 
 
-def test_diffusers_folder_and_offload(small_folder, small, loras):
-    """The LoRA's names do not depend on the checkpoint's layout."""
-    model = sd.load(small_folder, offload=True, loras={str(loras["peft0"]): 1})
-    expected = weights(sd.load(small, loras={loras["peft0"]: 1}))
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
-
-
-def test_text_encoder_without_text_model_in_its_names(small, loras, tmp_path):
-    """As PEFT writes it with transformers 5."""
+def test_other_names_and_offload(small_folder, loras, merged, tmp_path):
+    """The LoRA's names do not depend on the checkpoint's; PEFT leaves text_model out with transformers 5."""
     tensors = {name.replace(".text_model", ""): x for name, x in load_file(loras["peft0"]).items()}
     assert any(name.startswith("text_encoder.encoder.") for name in tensors)
     save_file(tensors, tmp_path / "lora.safetensors")
-    model = sd.load(small, loras={tmp_path / "lora.safetensors": 1})
-    expected = weights(sd.load(small, loras={loras["peft0"]: 1}))
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+    loras = {str(tmp_path / "lora.safetensors"): 1}
+    assert_same(weights(sd.load(small_folder, offload=True, loras=loras)), merged)
 
 
-def test_tensors_that_fit_no_layer_are_named(small, loras, tmp_path):
-    more = {
-        f"lora_unet_guide_{i}.lora_{end}.weight": torch.ones(2, 2) for i in (1, 2) for end in ("up", "down")
-    }
+def test_tensors_that_fit_no_layer_are_named(small, loras, merged, tmp_path):
+    more = pair("lora_unet_guide_1") | pair("lora_unet_guide_2")
     save_file(load_file(loras["kohya0"]) | more, tmp_path / "lora.safetensors")
-    with pytest.warns(
-        UserWarning, match=r"lora\.safetensors: 4 tensors fit no layer: unet_guide_1\."
-    ) as notes:
-        model = sd.load(small, loras={tmp_path / "lora.safetensors": 1})
-    expected = weights(sd.load(small, loras={loras["kohya0"]: 1}))
-    assert all(torch.equal(weight, expected[name]) for name, weight in weights(model).items())
+    message = r"lora\.safetensors: 4 tensors fit no layer: unet_guide_1\."
+    with pytest.warns(UserWarning, match=message) as notes:
+        assert_same(weights(sd.load(small, loras={tmp_path / "lora.safetensors": 2})), merged)
     assert len(notes) == 1
 
 
 def pair(layer: str, out: int = 32, inner: int = 64, rank: int = 2) -> dict[str, torch.Tensor]:
-    return {
-        f"{layer}.lora_up.weight": torch.ones(out, rank),
-        f"{layer}.lora_down.weight": torch.ones(rank, inner),
-    }
+    up, down = torch.ones(out, rank), torch.ones(rank, inner)
+    return {f"{layer}.lora_up.weight": up, f"{layer}.lora_down.weight": down}
 
 
-XL = f"lora_te2_text_model_encoder_layers_0_self_attn_q_proj.{'lora_up.weight'}"
+XL = "lora_te2_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight"
 BAD_LORAS = {
     "missing": (None, "[Nn]o such file"),
     "SDXL, by its context": (pair(KOHYA, 320, 2048), "Stable Diffusion XL .* a LoRA of SD v1"),
@@ -188,11 +169,10 @@ def test_loras_that_are_refused(small, tmp_path, tensors, pattern):
     assert str(path) in message and "\n" not in message and re.search(pattern, message), message
 
 
-def test_each_kind_of_file_is_refused_in_the_others_place(small, loras, tmp_path):
-    make_checkpoint.write_vae(tmp_path / "vae.safetensors", small=True)
+def test_each_kind_of_file_is_refused_in_the_others_place(small, loras, vaes):
     for message, arguments in {
         "this is without layers of SD v1 and must be a LoRA": {"loras": {small: 1}},
-        "this is a VAE and must be a LoRA of SD v1": {"loras": {tmp_path / "vae.safetensors": 1}},
+        "this is a VAE and must be a LoRA of SD v1": {"loras": {vaes / "bare.safetensors": 1}},
         "this is a LoRA and must be a VAE of SD v1": {"vae": loras["kohya0"]},
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -201,52 +181,34 @@ def test_each_kind_of_file_is_refused_in_the_others_place(small, loras, tmp_path
 
 # ------------------------------------------------------------------------------------------- a VAE of its own
 
-OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+VAE_FILE = "diffusion_pytorch_model.safetensors"
 
 
-def bare(path: Path, suffix: str) -> Path:
-    make_checkpoint.write_vae(path.with_suffix(suffix), small=True, seed=3)
-    return path.with_suffix(suffix)
-
-
-def prefixed(path: Path) -> Path:
-    """As some fine-tuned VAEs have it, with their loss."""
-    tensors = load_file(bare(path, ".safetensors"))
-    tensors = {f"first_stage_model.{name}": tensor for name, tensor in tensors.items()}
-    save_file(tensors | {"first_stage_model.loss.logvar": torch.zeros(())}, path.with_suffix(".safetensors"))
-    return path.with_suffix(".safetensors")
-
-
-def old_folder(path: Path) -> Path:
-    """With the names of attention that diffusers had at first."""
-    [file] = bare(path, "").glob("*.safetensors")
-    tensors = load_file(file)
-    for new, old in OLD.items():
-        tensors = {name.replace(new, old): tensor for name, tensor in tensors.items()}
-    assert any("proj_attn" in name for name in tensors)
-    save_file(tensors, file)
+@pytest.fixture(scope="module")
+def vaes(tmp_path_factory) -> Path:
+    """A folder that has one VAE in every layout."""
+    path = tmp_path_factory.mktemp("vaes")
+    for name in ("bare.safetensors", "bare.ckpt", "folder"):
+        make_checkpoint.write_vae(path / name, small=True, seed=3)
+    tensors = {f"first_stage_model.{name}": x for name, x in load_file(path / "bare.safetensors").items()}
+    tensors["first_stage_model.loss.logvar"] = torch.zeros(())  # as some fine-tuned VAEs have it
+    save_file(tensors, path / "prefixed.safetensors")
+    (path / "old folder").mkdir()
+    save_file(with_old_attention(load_file(path / "folder" / VAE_FILE)), path / "old folder" / VAE_FILE)
+    shutil.copy(path / "folder/config.json", path / "old folder")
     return path
 
 
-VAES = {
-    "safetensors": lambda path: bare(path, ".safetensors"),
-    "ckpt": lambda path: bare(path, ".ckpt"),
-    "prefixed": prefixed,
-    "diffusers folder": lambda path: bare(path, ""),
-    "old diffusers folder": old_folder,
-    "diffusers file": lambda path: next(bare(path, "").glob("*.safetensors")),
-}
-
-
-@pytest.mark.parametrize("kind, layout", [
-    *((kind, "small") for kind in VAES), ("ckpt", "small_folder"), ("diffusers file", "small_folder"),
+@pytest.mark.parametrize("name, layout", [
+    ("bare.safetensors", "small"), ("bare.ckpt", "small"), ("prefixed.safetensors", "small"),
+    ("folder", "small"), ("old folder", "small"), (f"folder/{VAE_FILE}", "small"),
+    ("bare.ckpt", "small_folder"), (f"folder/{VAE_FILE}", "small_folder"),
 ])  # fmt: skip
-def test_vae_matches_diffusers(kind, layout, request, small_model, tmp_path, recwarn):
+def test_vae_matches_diffusers(name, layout, request, small_model, vaes, recwarn):
     """Whatever the checkpoint's layout; nothing but the VAE changes."""
-    model = sd.load(request.getfixturevalue(layout), vae=VAES[kind](tmp_path / "vae"))
-    make_checkpoint.write_vae(tmp_path / "reference", small=True, seed=3)
-    reference = diffusers.AutoencoderKL.from_pretrained(tmp_path / "reference")
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = sd.load(request.getfixturevalue(layout), vae=vaes / name)
+    reference = diffusers.AutoencoderKL.from_pretrained(vaes / "folder")
+    latents = torch.randn(1, 4, 8, 8, generator=seeded(0))
     with torch.no_grad():
         image = reference.decode(latents).sample
         assert relative_error(model.vae.decode(latents), image) < 1e-5
@@ -257,40 +219,34 @@ def test_vae_matches_diffusers(kind, layout, request, small_model, tmp_path, rec
     assert model.config == small_model.config and not [str(note.message) for note in recwarn]
 
 
-def test_latent_scale_of_the_vae(small, tmp_path):
-    folder = bare(tmp_path / "vae", "")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
-    model = sd.load(small, vae=folder)
+def test_latent_scale_of_the_vae(small, vaes, tmp_path):
+    config = json.loads((vaes / "folder/config.json").read_text())
+    shutil.copy(vaes / "folder" / VAE_FILE, tmp_path)
+    assert sd.load(small, vae=tmp_path).config.latent_scale == 0.18215  # where there is no config
+    (tmp_path / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.5}))
+    model = sd.load(small, vae=tmp_path)
     assert model.config.latent_scale == 0.5
-    latents = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    latents = torch.randn(1, 4, 4, 4, generator=seeded(0))
     with torch.no_grad():
         expected = model.vae.decode((latents / 0.5).to(memory_format=torch.channels_last))
     assert torch.equal(model.decode(latents), expected)
-    (folder / "config.json").unlink()
-    assert sd.load(small, vae=folder).config.latent_scale == 0.18215
 
 
-def test_bad_vaes_are_named(small, loras, tmp_path):
-    path = bare(tmp_path / "vae", ".safetensors")
-    tensors = load_file(path)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}, path)
-    with pytest.raises(
-        ValueError, match=r"vae\.safetensors: 1 bad tensors: first_stage_model\.quant_conv\.bias is"
+def test_bad_vaes_are_named(small, vaes, tmp_path):
+    path, tensors = tmp_path / "vae.safetensors", load_file(vaes / "bare.safetensors")
+    missing = {name: tensor for name, tensor in tensors.items() if name != "quant_conv.bias"}
+    for content, message in (
+        (missing, r"1 bad tensors: first_stage_model\.quant_conv\.bias is"),
+        (tensors | {"quant_conv.bias": torch.ones(7)}, r"1 bad tensors: .*quant_conv\.bias has shape \(7,\)"),
     ):
-        sd.load(small, vae=path)
-    save_file(tensors | {"quant_conv.bias": torch.ones(7)}, path)
-    with pytest.raises(
-        ValueError, match=r"vae\.safetensors: 1 bad tensors: .*quant_conv\.bias has shape \(7,\)"
-    ):
-        sd.load(small, vae=path)
-    with pytest.raises(ValueError, match="nothing: .*[Nn]o such file"):
-        sd.load(small, vae=tmp_path / "nothing")
+        save_file(content, path)
+        with pytest.raises(ValueError, match=rf"vae\.safetensors: {message}"):
+            sd.load(small, vae=path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="empty is without weights"):
-        sd.load(small, vae=tmp_path / "empty")
+    for name, message in {"nothing": ": .*[Nn]o such file", "empty": " is without weights"}.items():
+        with pytest.raises(ValueError, match=name + message):
+            sd.load(small, vae=tmp_path / name)
     save_file(tensors | {"guide": torch.ones(1)}, path)
-    with pytest.warns(
-        UserWarning, match=r"vae\.safetensors: 1 tensors are not used: first_stage_model\.guide"
-    ):
+    message = r"vae\.safetensors: 1 tensors are not used: first_stage_model\.guide"
+    with pytest.warns(UserWarning, match=message):
         sd.load(small, vae=path)
