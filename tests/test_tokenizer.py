@@ -7,7 +7,6 @@ import unicodedata
 from functools import cache
 
 import pytest
-import regex
 from conftest import ROOT
 from tokenizers import Regex, normalizers
 from transformers import CLIPTokenizer
@@ -106,23 +105,17 @@ HARD_CASES = {
     "all kinds of white space": "a\tb\nc\vd\fe\rf\x85g\xa0h\u1680i\u2003j\u2028k\u2029l\u202fm\u205fn\u3000o",
     "resembles white space": "x\x1cy\x1fz a\u200bb\u2060c\ufeffd\u180ee",
     "nul and other controls": "a\0b\x01\x7f\x9f",
-    "composed by NFC": "e\u0301 A\u030a \u1112\u1161\u11ab o\u0323\u0302",
-    "decomposed by NFC": "\u0958 \ufb1d \U0001d15e \u2adc",
+    "NFC in both ways": "e\u0301 A\u030a \u1112\u1161\u11ab o\u0323\u0302 \u0958 \ufb1d \U0001d15e \u2adc",
     "singletons of NFC": "\u212b \u2126 \u212a \uf900 \u0340",
     "compatibility characters stay": "ﬁ ﬀ ½ ² ⅷ Ａ ㌀",
-    "marks in any order": "a\u0327\u0301\u0323 a\u0323\u0327\u0301 \u0345\u0301",
-    "a mark first": "\u0301a \u20e3",
-    "final sigma": "ΟΔΥΣΣΕΥΣ Σ ΑΣ.",
-    "dotted and dotless i": "İSTANBUL ISPARTA ı",
-    "sharp s and title case": "STRASSE ẞ ß ǅ Ǆ",
-    "case beyond the first plane": "𐐀𐐁 𞤀 𝐀",
+    "a mark first, marks in any order": "\u0301a \u20e3 a\u0327\u0301\u0323 a\u0323\u0327\u0301 \u0345\u0301",
+    "lower case of sigma, i and sharp s": "ΟΔΥΣΣΕΥΣ Σ ΑΣ. İSTANBUL ISPARTA ı STRASSE ẞ ß",
+    "title case, case beyond the first plane": "ǅ Ǆ 𐐀𐐁 𞤀 𝐀",
     "contractions": "It's I'M they're WE'VE he'll she'd can't y'all'd've",
     "not quite contractions": "it’s 'em ''s 'S' s' 'sx 'rex' 'llama",
     "digits one by one": "2024 3.14 ١٢٣ ੧੨ Ⅷ ½ ²³ 〇 𝟘",
-    "punctuation in one piece": "!!! ... ?!?! -- #$%& (((a))) [[b]]",
-    "underscores and hyphens": "snake_case kebab-case __init__ a_1",
-    "html is not unescaped": "&amp; &lt;b&gt; <br/> &#39;",
-    "end of word mark in the text": "</w> a</w> </w></w>",
+    "punctuation in one piece": "!!! ... ?!?! -- #$%& (((a))) [[b]] snake_case kebab-case __init__ a_1",
+    "html, end of word mark": "&amp; &lt;b&gt; <br/> &#39; </w> a</w> </w></w>",
     "emoji joined": "👩‍👩‍👧‍👦 👩🏽‍🚀 🏳️‍🌈 ❤️ ☺︎",
     "flags and keycaps": "🇩🇪🇫🇷🇺 1️⃣ #️⃣ 🏴󠁧󠁢󠁥󠁮󠁧󠁿",
     "chinese, japanese, korean": "一只猫 猫が座っている 고양이 한 마리",
@@ -130,18 +123,12 @@ HARD_CASES = {
     "hindi, thai, tamil": "सेब แอปเปิ้ล ஆப்பிள் क्\u200dष",
     "zalgo": "Z\u0311\u0343a\u0334\u031b\u0318l\u0335\u0301\u0347g\u0338\u0360o\u0337\u0354",
     "noncharacter neighbours": "\ufffd\ufffc\ue000\U000f0000",
-    "special tokens": "<|startoftext|> a <|endoftext|> b",
-    "special tokens without spaces": "a<|endoftext|><|startoftext|>b!<|endoftext|>!",
+    "special tokens": "<|startoftext|> a <|endoftext|> b a<|endoftext|><|startoftext|>b!<|endoftext|>!",
     "special tokens in the wrong case": "<|STARTOFTEXT|> a <|EndOfText|><|endoftexT|>",
-    "wrong case after punctuation": "!!<|ENDOFTEXT|>",
-    "wrong case before punctuation": "<|ENDOFTEXT|>!!",
-    "wrong case between punctuation": "?<|STARTOFTEXT|>? '<|ENDOFTEXT|>s",
-    "wrong case, and a mark that changes its end": "<|ENDOFTEXT|>\u0338",
-    "right case, and a mark after it": "<|endoftext|>\u0338 e<|endoftext|>\u0301",
+    "wrong case beside punctuation": "!!<|ENDOFTEXT|> <|ENDOFTEXT|>!! ?<|STARTOFTEXT|>? '<|ENDOFTEXT|>s",
+    "a mark after a special token": "<|ENDOFTEXT|>\u0338 <|endoftext|>\u0338 e<|endoftext|>\u0301",
     "almost special tokens": "<| endoftext|> <|endoftext| > <|endoftext <|ſtartoftext|> <<|endoftext|>>",
-    "long run of a letter": "a" * 1000,
-    "long run of punctuation": "!" * 1000,
-    "long run of emoji": "😀" * 300,
+    **{f"long run of {each}": each * 1000 for each in "a!😀"},
     "long run of marks": "e" + "\u0301" * 500,
     "long word": "pneumonoultramicroscopicsilicovolcanoconiosis" * 20,
     "long text": "a photo of a cat, " * 100,
@@ -174,21 +161,11 @@ def test_hard_cases_joined_with_each_other_and_with_random_texts():
 
 @pytest.mark.parametrize("vocab_size", [514, 515, 1000, 10_000, 49_408])
 def test_vocabularies_of_any_size(vocab_size):
-    """Bytes and the first merges keep their ids, start and end are the last two, and ids spell the text."""
+    """Bytes and the first merges keep their ids; start and end are the last two."""
     ids, all_tokens = tokenizer(vocab_size=vocab_size).ids, list(tokenizer().ids)
     assert list(ids) == all_tokens[: vocab_size - 2] + ["<|startoftext|>", "<|endoftext|>"]
     assert list(ids.values()) == list(range(vocab_size))
-    texts = random_texts(500, seed=4)
-    assert differing(texts, vocab_size=vocab_size) == []
-    token_of = [token.removesuffix("</w>") for token in ids]
-    byte_of = {symbol: byte for byte, symbol in sd.BYTE_SYMBOLS.items()}
-    assert sorted(byte_of.values()) == list(range(256))
-    for text in texts:
-        if "<|" not in text:  # special tokens are not spelled in bytes
-            tokens = [token_of[id] for id in tokenizer(2000, vocab_size)(text) if id < vocab_size - 2]
-            spelled = bytes(byte_of[symbol] for symbol in "".join(tokens)).decode()
-            lowered = "".join(character.lower() for character in unicodedata.normalize("NFC", text))
-            assert spelled == regex.sub(r"\s", "", lowered)
+    assert differing(random_texts(500, seed=4), vocab_size=vocab_size) == []
 
 
 def test_lone_surrogates_become_question_marks():
@@ -214,7 +191,6 @@ def test_merges_are_clips():
 @pytest.mark.parametrize("text, ids", [
     ("", []),
     ("a photo of a cat", [320, 1125, 539, 320, 2368]),
-    ("A  Photo\nOF a\tCAT ", [320, 1125, 539, 320, 2368]),
     ("an astronaut riding a horse on mars", [550, 18376, 6765, 320, 4558, 525, 7496]),
     ("hello world!", [3306, 1002, 256]),
     ("<|endoftext|> <|startoftext|>", [49407, 49406]),
