@@ -50,6 +50,7 @@ from tqdm.auto import tqdm
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_WEIGHTS = HERE / "weights" / "emoji.safetensors"
+OUT_OF_MEMORY = re.compile(r"allocate (memory|\d)|bad_alloc")  # in the messages of PyTorch's RuntimeErrors
 
 
 # -------------------------------------------------------------------------------------------- 1 configuration
@@ -600,7 +601,7 @@ def reading(path: Any, advice: str = "use another one, or download it again") ->
         check("it", "a pipe", not Path(os.path.expanduser(str(path))).is_fifo(), "a file")
         yield
     except Exception as error:  # damaged files fail in many ways; PyTorch explains some in four paragraphs
-        if isinstance(error, MemoryError) or re.search(r"allocate (memory|\d)|bad_alloc", str(error)):
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             raise
         paragraphs = r".*(WeightsUnpickler error: |trusted source\. )|(\. | Please | Check ).*"
         missing = " is missing" if isinstance(error, KeyError) else ""
@@ -959,7 +960,7 @@ class Placeholder:
     __init__ = __setstate__ = lambda self, *args, **kwargs: None
 
 
-# What PyTorch's unpickler allows, though its numbers are not in the file, are complex or quantized.
+# PyTorch's unpickler allows these, though their numbers are not in the file, or are complex or quantized.
 MAKERS = r"GLOBAL (\w+.bytearray|torch.(.*Tensor$|storage.|Complex|Q|_utils._rebuild_(?!tensor_v2$|param)))"
 
 
@@ -1297,7 +1298,7 @@ def generate_files(arguments: list[str]) -> None:
     if args.strength is None:
         args.strength = 0.35 if args.upscale else Settings.strength
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    replace(settings).resolve(Config(vae_channels=(32,)))  # fails early; no size is wrong for one level
+    replace(settings).resolve(Config(vae_channels=(32,)))  # fails early; with one level, any size fits
     device = pick_device(args.device)
     dtype = args.dtype or ("fp32" if device.type == "cpu" else "fp16")
     model = load(args.weights, device, FLOATS[dtype], args.offload, args.vae, args.lora)
@@ -1334,7 +1335,7 @@ def main(run: Callable = generate_files, program: str = "sd.py", smaller: str = 
         return 130
     except (OSError, ValueError, argparse.ArgumentError, RuntimeError, MemoryError) as error:
         wrong = one_line(error)
-        if isinstance(error, MemoryError) or re.search(r"allocate (memory|\d)|bad_alloc", str(error)):
+        if isinstance(error, MemoryError) or OUT_OF_MEMORY.search(str(error)):
             wrong = f"out of memory; try a smaller {smaller} or --dtype bf16"
         elif "--compile" in sys.argv and type(error).__module__.startswith("torch._"):
             reason, *_ = str(error).split("\n\n")  # the rest is for developers

@@ -110,9 +110,9 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def photograph(width: int = 64, height: int = 64) -> Image.Image:
+def photograph(width: int = 64, height: int = 64, seed: int = 0, rows: int = 6) -> Image.Image:
     """An image with smooth colors, no two regions alike, so that wrong resizing and cropping show."""
-    colors = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    colors = np.random.default_rng(seed).integers(0, 256, (rows, rows * 4 // 3, 3), dtype=np.uint8)
     return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
 
 

@@ -22,7 +22,7 @@ import make_checkpoint
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, limit, pixels, read_until, seeded
+from conftest import ROOT, limit, photograph, pixels, read_until, seeded
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 from emoji_quality import held_out_pairs
@@ -60,12 +60,6 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def photograph(seed: int, width: int, height: int) -> Image.Image:
-    """So smooth that a tiny model can learn it."""
-    colors = np.random.default_rng(seed).integers(0, 256, (3, 4, 3), dtype=np.uint8)
-    return Image.fromarray(colors).resize((width, height), Image.Resampling.BICUBIC)
-
-
 def write_files(folder: Path, files: dict[str, str | bytes], encoding: str = "utf-8") -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -78,10 +72,10 @@ def write_jsonl(folder: Path, captions: dict[str, list[str]]) -> None:
 
 
 def write_data(folder: Path, captions: dict[str, list[str]], seed: int = 0) -> Path:
-    """A data set of images of different shapes."""
+    """A data set of images of different shapes, so smooth that a tiny model learns them."""
     folder.mkdir(exist_ok=True)
     for i, name in enumerate(captions):
-        photograph(seed + i, 16 + 5 * i, 24).save(folder / name)
+        photograph(16 + 5 * i, 24, seed + i, rows=3).save(folder / name)
     write_jsonl(folder, captions)
     return folder
 
@@ -294,9 +288,9 @@ def test_linked_folders_and_equal_names(tmp_path):
 def test_shorter_side_is_resized(tmp_path):
     file, shapes = tmp_path / "a.png", {(32, 48): (16, 24), (50, 33): (24, 16), (7, 9): (16, 21)}
     for size, resized in shapes.items():
-        photograph(1, *size).save(file)
+        photograph(*size).save(file)
         [(path, tensor)] = objectives.read_pixels([file], 16)
-        expected = photograph(1, *size).resize(resized, Image.Resampling.LANCZOS)
+        expected = photograph(*size).resize(resized, Image.Resampling.LANCZOS)
         assert path == file and tensor.dtype == torch.uint8
         assert (tensor.permute(1, 2, 0).numpy() == pixels(expected)).all()
 
@@ -1089,7 +1083,7 @@ def test_bad_captions(files, says, tmp_path):
     """Told before the model is built: that of this Config cannot be."""
     folder = tmp_path / "data"
     folder.mkdir()
-    photograph(0, 16, 24).save(folder / "red.png")
+    photograph(16, 24).save(folder / "red.png")
     write_files(folder, files)
     before = everything(tmp_path)
     config = tiny() if " of " in says else "{}{"  # images are read later
@@ -1106,7 +1100,7 @@ def test_vae_needs_images_only(tmp_path):
     (folder / "metadata.jsonl").write_text("no JSON")
     (folder / "a.png").touch()
     assert "1 of 1 images cannot be used" in error_of(run_here(folder, config=tiny(), **options))
-    photograph(0, 16, 24).save(folder / "a.png")
+    photograph(16, 24).save(folder / "a.png")
     assert "a.png: no such folder" in error_of(run_here(folder / "a.png", config="{}{", **options))
     run_here(folder, config=tiny(), **options, status=0)
 
